@@ -1,0 +1,1 @@
+"""FIPO post-training of reasoning language models on Megatron and SGLang."""

@@ -1,0 +1,1 @@
+"""The Megatron side: the only package, with patches, that imports megatron."""

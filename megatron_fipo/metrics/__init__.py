@@ -1,0 +1,1 @@
+"""Logs, tables and plots of a run."""

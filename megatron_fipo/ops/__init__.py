@@ -1,0 +1,1 @@
+"""Tensor operations of the algorithms: pure functions, each with a reference."""

@@ -1,0 +1,1 @@
+"""Graders and the bounded pool of processes they run in."""

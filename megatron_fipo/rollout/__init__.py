@@ -1,0 +1,1 @@
+"""The SGLang side: the only package, with patches, that imports sglang."""

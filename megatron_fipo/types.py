@@ -1,0 +1,143 @@
+"""Plain data that travels between the floors: problems, samples, groups, packed batches. No behaviour beyond checks.
+
+Per-token arrays are aligned to the predicting position: entry i is about token i + 1, so the last entry of every
+sequence, like all padding, has mask 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from torch import Tensor
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question and what is needed to grade an answer to it, before tokenisation.
+
+    `prompt` is plain text or a tuple of chat messages `{"role": ..., "content": ...}`. `response_prefix` is text the
+    assistant is made to begin with (part of the prompt, never of the response). `uid` is unique within its source and
+    stable across runs. `extra` goes to the reward as keyword arguments.
+    """
+
+    uid: str
+    prompt: str | tuple[Mapping[str, str], ...]
+    ground_truth: str
+    response_prefix: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A tokenised problem: `token_ids` [P] int64 is everything the engine is given."""
+
+    problem: Problem
+    token_ids: np.ndarray
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How the engine draws tokens. `top_k` -1 is off. `temperature` 0 is greedy."""
+
+    max_response_len: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+
+
+@dataclass(frozen=True, eq=False)
+class GenerateRequest:
+    """One response to draw: the same `seed`, prompt and weights ask for the same response."""
+
+    uid: str
+    prompt_ids: np.ndarray  # [P] int64
+    sampling: SamplingSettings
+    seed: int  # 0 <= seed < 2**31
+
+
+@dataclass(frozen=True, eq=False)
+class Completion:
+    """What an engine answered to one request.
+
+    `token_ids` [R] int64 includes the end-of-turn token when the model emitted one (finish_reason "stop").
+    `logprobs` [R] fp32 are the engine's own, under the sampling distribution at temperature 1.
+    """
+
+    uid: str
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    finish_reason: FinishReason
+    weight_version: int
+
+
+@dataclass(frozen=True)
+class RewardResult:
+    """A grader's verdict on one response. `score` is without the overlong penalty; `accuracy` lies in [0, 1];
+    `answer` is the extracted answer, or None when there was none."""
+
+    score: float
+    accuracy: float
+    answer: str | None
+
+
+@dataclass(frozen=True)
+class GraderError:
+    """A grader that raised, timed out, crashed or overran its memory: never a wrong label, always visible."""
+
+    kind: Literal["exception", "timeout", "crash", "memory"]
+    message: str
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One graded response. `reward` = `result.score` + overlong penalty, what the advantage is made of."""
+
+    uid: str  # f"{problem.uid}/{sample_index}"
+    response_ids: np.ndarray  # [R] int64
+    rollout_logprobs: np.ndarray  # [R] fp32, the engine's
+    finish_reason: FinishReason
+    weight_version: int
+    text: str  # the response decoded without special tokens
+    result: RewardResult
+    reward: float
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """The G samples of one prompt."""
+
+    prompt: Prompt
+    samples: tuple[Sample, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class TrainSequence:
+    """One prompt and response as the trainer sees it. L = prompt + response tokens; all [L] arrays are aligned to the
+    predicting position. The mask may have holes (tool output) and a masked prefix (the prompt)."""
+
+    uid: str
+    token_ids: np.ndarray  # [L] int64
+    loss_mask: np.ndarray  # [L] bool; the last entry is False
+    advantages: np.ndarray  # [L] fp32
+    rollout_logprobs: np.ndarray  # [L] fp32, 0 where the mask is False
+
+
+@dataclass(frozen=True, eq=False)
+class PackedBatch:
+    """A micro-batch: sequences laid end to end without padding, except one dummy sequence of mask 0 at the end when the
+    layout wants T to be a multiple of something (sequence parallelism)."""
+
+    token_ids: Tensor  # [T] int64
+    labels: Tensor  # [T] int64, the next token; 0 at a sequence's last position
+    position_ids: Tensor  # [T] int64, restarts at every sequence
+    cu_seqlens: Tensor  # [num_seqs + 1] int32, first 0, last T
+    loss_mask: Tensor  # [T] bool
+    advantages: Tensor  # [T] fp32
+    rollout_logprobs: Tensor  # [T] fp32
+    old_logprobs: Tensor | None  # [T] fp32; None before the old log-prob pass
+    members: tuple[int, ...]  # index of each real sequence in the list that was packed, in pack order

@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints and their mapping to Megatron's shards."""

@@ -1,0 +1,1 @@
+"""megatron-core on a machine without an accelerator."""
