@@ -45,7 +45,9 @@ class PPOSettings:
 
     clip_low: float = setting(0.2, "PPO clip below ratio 1 (an offset): r is clipped at 1 - clip_low")
     clip_high: float = setting(0.28, "PPO clip above ratio 1 (an offset): r is clipped at 1 + clip_high")
-    dual_clip: float | None = setting(10.0, "dual-clip bound c on the loss of tokens with A < 0; 'none' switches it off")
+    dual_clip: float | None = setting(
+        10.0, "dual-clip bound c on the loss of tokens with A < 0; 'none' switches it off"
+    )
     loss_agg: LossAggregation = setting("token-mean", "what the loss is averaged over", choices=LOSS_AGGREGATIONS)
 
     def __post_init__(self) -> None:
@@ -120,7 +122,10 @@ class BatchSettings:
         require(self.n_samples_per_prompt >= 2, "--n-samples-per-prompt", self.n_samples_per_prompt, ">= 2 (a group)")
         require(self.num_updates_per_rollout >= 1, "--num-updates-per-rollout", self.num_updates_per_rollout, ">= 1")
         require(
-            self.max_tokens_per_micro_batch >= 1, "--max-tokens-per-micro-batch", self.max_tokens_per_micro_batch, ">= 1"
+            self.max_tokens_per_micro_batch >= 1,
+            "--max-tokens-per-micro-batch",
+            self.max_tokens_per_micro_batch,
+            ">= 1",
         )
         require(
             self.rollout_batch_size % self.num_updates_per_rollout == 0,
@@ -136,15 +141,20 @@ class RolloutSettings:
 
     rollout_max_prompt_len: int = setting(2048, "longest prompt, tokens; a longer one is an error")
     rollout_max_response_len: int = setting(20480, "longest response, tokens")
-    rollout_temperature: float = setting(1.0, "sampling temperature of training rollouts (1: log-probs are the policy's)")
+    rollout_temperature: float = setting(
+        1.0, "sampling temperature of training rollouts (1: log-probs are the policy's)"
+    )
     dynamic_sampling: bool | None = setting(
-        None, "keep only groups whose accuracies differ, generate until the batch is full (default: on for dapo and fipo)"
+        None,
+        "keep only groups whose accuracies differ, generate until the batch is full (default: on for dapo and fipo)",
     )
     over_sampling_batch_size: int | None = setting(
         None, "prompts per generation batch under dynamic sampling (default: --rollout-batch-size)"
     )
     max_generation_batches: int = setting(10, "generation batches per step before dynamic sampling gives up")
-    overlong_penalty: bool | None = setting(None, "penalise responses near the length limit (default: on for dapo, fipo)")
+    overlong_penalty: bool | None = setting(
+        None, "penalise responses near the length limit (default: on for dapo, fipo)"
+    )
     overlong_buffer_len: int = setting(4096, "tokens before the limit in which the overlong penalty grows")
     overlong_penalty_factor: float = setting(1.0, "the overlong penalty at the limit")
     record_rollouts: str | None = setting(None, "directory to write every step's rollouts to")
@@ -163,9 +173,7 @@ class RolloutSettings:
             "1.0: the loss compares log-probs of the untempered policy",
         )
         require(self.max_generation_batches >= 1, "--max-generation-batches", self.max_generation_batches, ">= 1")
-        require(
-            0 < self.overlong_buffer_len, "--overlong-buffer-len", self.overlong_buffer_len, "> 0"
-        )
+        require(0 < self.overlong_buffer_len, "--overlong-buffer-len", self.overlong_buffer_len, "> 0")
         require(self.overlong_penalty_factor >= 0, "--overlong-penalty-factor", self.overlong_penalty_factor, ">= 0")
         require(self.engine_mismatch_limit > 0, "--engine-mismatch-limit", self.engine_mismatch_limit, "> 0")
         require(
@@ -186,7 +194,9 @@ class DataSettings:
     eval_prompt_data: str | None = setting(None, "JSONL or parquet file of evaluation prompts")
     input_key: str = setting("prompt", "column of the prompt: text or a list of chat messages")
     label_key: str = setting("label", "column of the ground truth; dots descend, e.g. reward_model.ground_truth")
-    apply_chat_template: bool = setting(False, "render text prompts as a user turn through the tokenizer's chat template")
+    apply_chat_template: bool = setting(
+        False, "render text prompts as a user turn through the tokenizer's chat template"
+    )
     rollout_shuffle: bool = setting(True, "shuffle a prompt file anew every epoch, seeded by --seed")
     rm_type: str | None = setting(None, "the reward, by its name in REWARDS (default: the task's own verifier)")
     custom_rm_path: str | None = setting(None, "the user's own reward, as module:function")
@@ -219,7 +229,9 @@ class DataSettings:
         require(self.reward_timeout_s > 0, "--reward-timeout-s", self.reward_timeout_s, "> 0 seconds")
         require(self.reward_memory_mb >= 64, "--reward-memory-mb", self.reward_memory_mb, ">= 64 MiB")
         require(self.num_eval_problems >= 1, "--num-eval-problems", self.num_eval_problems, ">= 1")
-        require(self.n_samples_per_eval_prompt >= 1, "--n-samples-per-eval-prompt", self.n_samples_per_eval_prompt, ">= 1")
+        require(
+            self.n_samples_per_eval_prompt >= 1, "--n-samples-per-eval-prompt", self.n_samples_per_eval_prompt, ">= 1"
+        )
         require(self.eval_temperature >= 0, "--eval-temperature", self.eval_temperature, ">= 0")
         require(0 < self.eval_top_p <= 1, "--eval-top-p", self.eval_top_p, "in (0, 1]")
 
@@ -241,17 +253,23 @@ class RunSettings:
     distributed_timeout_minutes: int = setting(10, "minutes a collective may wait before the run is given up")
 
     def __post_init__(self) -> None:
-        require(bool(self.hf_checkpoint), "--hf-checkpoint", self.hf_checkpoint, "the directory of a Hugging Face model")
+        require(
+            bool(self.hf_checkpoint), "--hf-checkpoint", self.hf_checkpoint, "the directory of a Hugging Face model"
+        )
         require(self.train_iters >= 1, "--train-iters", self.train_iters, ">= 1 step")
         require(0 <= self.seed < 2**31, "--seed", self.seed, "in [0, 2**31)")
-        require(self.save_interval is None or self.save_interval >= 1, "--save-interval", self.save_interval, ">= 1 step")
+        require(
+            self.save_interval is None or self.save_interval >= 1, "--save-interval", self.save_interval, ">= 1 step"
+        )
         require(
             self.save_interval is None or self.save is not None,
             "--save-interval",
             self.save_interval,
             "used with --save, the directory to write to",
         )
-        require(self.eval_interval is None or self.eval_interval >= 1, "--eval-interval", self.eval_interval, ">= 1 step")
+        require(
+            self.eval_interval is None or self.eval_interval >= 1, "--eval-interval", self.eval_interval, ">= 1 step"
+        )
         require(
             self.distributed_timeout_minutes >= 1,
             "--distributed-timeout-minutes",

@@ -38,7 +38,9 @@ class ParallelLayout:
             tp * pp * cp,
             f"a divisor of the number of ranks ({world_size})",
         )
-        require(not sequence_parallel or tp > 1, "--sequence-parallel", True, "used with --tensor-model-parallel-size > 1")
+        require(
+            not sequence_parallel or tp > 1, "--sequence-parallel", True, "used with --tensor-model-parallel-size > 1"
+        )
         return ParallelLayout(tp, pp, cp, world_size // (tp * pp * cp), sequence_parallel, rank)
 
     @property

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from torch import Tensor
+
+if TYPE_CHECKING:  # grader processes import this module and must stay light
+    from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
 
