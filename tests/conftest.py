@@ -1,0 +1,29 @@
+"""Settings every test shares: one thread per process, and a runner of functions on several gloo ranks."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; subprocesses inherit it
+
+import pytest
+import torch
+from processes import RunRanks
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Two spinning threads per process on a busy machine are several times slower than one."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def run_ranks(tmp_path: Path) -> RunRanks:
+    """`processes.run_ranks` writing its files into this test's own directory."""
+    return RunRanks(tmp_path)

@@ -1,0 +1,252 @@
+"""Runs a function, or a command, on N fresh processes that form one torch.distributed job on this machine.
+
+Every rank is a clean interpreter in a session of its own, so that a rank and whatever it started can be ended by the
+process group it leads. As torchrun does, the parent serves the rendezvous store on a port the operating system chose
+and keeps, so no port is guessed. Run as a script this file is the rank's side.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import datetime
+import importlib
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+REPO_ROOT = Path(__file__).resolve().parent.parent
+TESTS = REPO_ROOT / "tests"
+TAIL_CHARS = 4000
+
+
+@dataclass(frozen=True)
+class RankOutput:
+    """How one rank ended. `returncode` is negative for a signal, as in subprocess; `output` is stdout and stderr."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+    @property
+    def output(self) -> str:
+        return self.stdout + self.stderr
+
+
+@dataclass(frozen=True)
+class RunRanks:
+    """The `run_ranks` fixture: a directory, and the two ways to use it."""
+
+    directory: Path
+
+    def __call__(
+        self,
+        num_ranks: int,
+        target: str | Callable[..., Any],
+        kwargs: Mapping[str, Any] | None = None,
+        timeout_s: float = 120.0,
+        *,
+        init_process_group: bool = True,
+        env: Mapping[str, str] | None = None,
+    ) -> list[Any]:
+        return run_ranks(
+            self.directory, num_ranks, target, kwargs, timeout_s, init_process_group=init_process_group, env=env
+        )
+
+    def command(
+        self,
+        num_ranks: int,
+        arguments: Sequence[str],
+        timeout_s: float = 300.0,
+        *,
+        env: Mapping[str, str] | None = None,
+    ) -> list[RankOutput]:
+        return run_command_on_ranks(self.directory, num_ranks, arguments, timeout_s, env=env)
+
+
+def run_ranks(
+    directory: Path,
+    num_ranks: int,
+    target: str | Callable[..., Any],
+    kwargs: Mapping[str, Any] | None = None,
+    timeout_s: float = 120.0,
+    *,
+    init_process_group: bool = True,
+    env: Mapping[str, str] | None = None,
+) -> list[Any]:
+    """Call `target(**kwargs)` on every rank; return what each rank returned, in rank order.
+
+    `target` is "module:function" (tests/ and its folders are on the path) or a module-level function, which is found
+    again by its file. Arguments and results are tensors and plain data (what `torch.load(weights_only=True)` reads).
+    A gloo process group is up during the call unless `init_process_group` is False. Raises AssertionError with the
+    output's tail of every rank when one fails, or when `timeout_s` have passed; no process outlives the call.
+    """
+    run = Path(directory) / f"ranks-{time.monotonic_ns()}"
+    run.mkdir(parents=True)
+    name = target if isinstance(target, str) else f"{sys.modules[target.__module__].__file__}:{target.__qualname__}"
+    torch.save(dict(kwargs or {}), run / "kwargs.pt")
+    arguments = [str(Path(__file__).resolve()), name, str(run), "gloo" if init_process_group else "none"]
+    outputs = run_command_on_ranks(run, num_ranks, arguments, timeout_s, env=env)
+    if any(output.returncode for output in outputs):
+        raise AssertionError(f"{name} failed\n{_tails(outputs)}")
+    return [torch.load(run / f"result-{rank}.pt", weights_only=True) for rank in range(num_ranks)]
+
+
+def run_command_on_ranks(
+    directory: Path,
+    num_ranks: int,
+    arguments: Sequence[str],
+    timeout_s: float = 300.0,
+    *,
+    env: Mapping[str, str] | None = None,
+) -> list[RankOutput]:
+    """Run `python *arguments` on every rank under torchrun's environment variables; return how each rank ended.
+
+    When one rank fails the others get 2 s to fail too and are then killed. Raises AssertionError on time-out.
+    """
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    store = torch.distributed.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=datetime.timedelta(seconds=timeout_s)
+    )
+    ranks: list[subprocess.Popen[bytes]] = []
+    try:
+        with contextlib.ExitStack() as files:
+            for rank in range(num_ranks):
+                stdout, stderr = (files.enter_context(path.open("wb")) for path in _logs(directory, rank))
+                ranks.append(
+                    subprocess.Popen(
+                        [sys.executable, *arguments],
+                        stdin=subprocess.DEVNULL,
+                        stdout=stdout,
+                        stderr=stderr,
+                        cwd=directory,
+                        env=_rank_environment(rank, num_ranks, store.port, env),
+                        start_new_session=True,
+                    )
+                )
+        in_time = _wait(ranks, time.monotonic() + timeout_s)
+    finally:
+        for process in ranks:
+            _end_session(process)
+        del store
+    outputs = [
+        RankOutput(process.returncode, *(path.read_text(errors="replace") for path in _logs(directory, rank)))
+        for rank, process in enumerate(ranks)
+    ]
+    if not in_time:
+        raise AssertionError(f"{' '.join(arguments)} on {num_ranks} ranks took over {timeout_s} s\n{_tails(outputs)}")
+    return outputs
+
+
+def processes_in_session(leader: int) -> list[int]:
+    """Ids of the living processes whose session is `leader`'s: what a command started, wherever its parent went."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                if int(fields[3]) == leader and fields[0] != "Z":
+                    found.append(int(entry.name))
+    return found
+
+
+def _logs(directory: Path, rank: int) -> tuple[Path, Path]:
+    return Path(directory) / f"stdout-{rank}.log", Path(directory) / f"stderr-{rank}.log"
+
+
+def _rank_environment(rank: int, num_ranks: int, port: int, extra: Mapping[str, str] | None) -> dict[str, str]:
+    path = [str(TESTS), *(str(folder) for folder in sorted(TESTS.iterdir()) if folder.is_dir()), str(REPO_ROOT)]
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([*path, *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is already served: rank 0 joins it like the others
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        **(extra or {}),
+    }
+
+
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], deadline: float) -> bool:
+    """True when every rank ended in time, or one failed and the others had their grace."""
+    failed_at: float | None = None
+    while time.monotonic() < deadline:
+        codes = [process.poll() for process in ranks]
+        if all(code is not None for code in codes):
+            return True
+        if failed_at is None and any(code for code in codes):
+            failed_at = time.monotonic()
+        if failed_at is not None and time.monotonic() > failed_at + 2.0:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def _end_session(process: subprocess.Popen[bytes]) -> None:
+    """Kill what is left of the rank and of everything it started in its session."""
+    for pid in processes_in_session(process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+def _tails(outputs: Sequence[RankOutput]) -> str:
+    return "\n".join(
+        f"--- rank {rank} ended with {output.returncode}:\n{output.output[-TAIL_CHARS:]}"
+        for rank, output in enumerate(outputs)
+    )
+
+
+# ---- the rank's side
+
+
+@contextlib.contextmanager
+def _process_group(backend: str) -> Iterator[None]:
+    if backend == "none":
+        yield
+        return
+    torch.distributed.init_process_group(backend)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _load(name: str) -> Callable[..., Any]:
+    where, _, function = name.rpartition(":")
+    if where.endswith(".py"):
+        spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+        assert spec is not None and spec.loader is not None, where
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+    else:
+        module = importlib.import_module(where)
+    return getattr(module, function)
+
+
+def _main(name: str, directory: str, backend: str) -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the test run, however that ends
+    torch.set_num_threads(1)
+    kwargs = torch.load(Path(directory) / "kwargs.pt", weights_only=True)
+    with _process_group(backend):
+        result = _load(name)(**kwargs)
+    torch.save(result, Path(directory) / f"result-{os.environ['RANK']}.pt")
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
