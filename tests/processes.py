@@ -230,7 +230,8 @@ def _load(name: str) -> Callable[..., Any]:
     where, _, function = name.rpartition(":")
     if where.endswith(".py"):
         spec = importlib.util.spec_from_file_location(Path(where).stem, where)
-        assert spec is not None and spec.loader is not None, where
+        assert spec is not None, where
+        assert spec.loader is not None, where
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
         spec.loader.exec_module(module)
