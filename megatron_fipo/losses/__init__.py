@@ -1,1 +1,53 @@
-"""Policy losses, advantages and the metrics of an update: pure functions of tensors and numbers."""
+"""Policy losses, advantages and the metrics of an update: pure functions of tensors and numbers.
+
+Every loss of `LOSSES` is called the same way and returns (loss, info):
+
+    loss(logprobs, old_logprobs, advantages, loss_mask, settings, *, cu_seqlens=None, group=None, denominator=None,
+         num_sequences=None, max_response_len=None)
+
+* logprobs, old_logprobs, advantages, loss_mask: [B, L], or packed [T] with cu_seqlens int32 [num_seqs + 1]. float64
+  log-probs are computed in float64, all others in fp32. Only logprobs gets a gradient, through the ratio alone.
+  Entries outside loss_mask are never read. A NaN or infinite log-prob inside it makes the loss NaN.
+* group: context-parallel group; only None or size 1.
+* denominator: loss = local sum / denominator. None: what loss_agg averages over, here (1 if zero). Sums of
+  micro-batches add up, so pass 1 and divide once by the sum of all num_kept.
+* num_sequences: how many of the sequences are real, when the pack ends in a dummy one (seq-mean forms).
+* max_response_len: divisor of seq-mean-token-sum-norm; [B, L] takes L by itself, packed tensors need it.
+
+info holds future_kl, influence_weights [shape given] (0 and 1 where the algorithm has none), loss_mask (after the
+drop, in the dtype given), num_kept [] int64 (kept tokens, or sequences in the seq-mean forms), token_stats (for
+`collect_token_stats`) and the metrics of `update_metrics` for these tensors, as floats.
+Wrong shapes, dtypes, offsets or numbers raise ValueError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from megatron_fipo.losses.advantages import group_advantages, overlong_penalty
+from megatron_fipo.losses.dapo import dapo_loss
+from megatron_fipo.losses.fipo import fipo_loss
+from megatron_fipo.losses.grpo import grpo_loss
+from megatron_fipo.losses.update_metrics import TokenStats, collect_token_stats, update_metrics
+
+LOSSES: dict[str, Callable[..., tuple[Tensor, dict[str, Any]]]] = {
+    "grpo": grpo_loss,
+    "dapo": dapo_loss,
+    "fipo": fipo_loss,
+}
+"""The losses by name (`--algorithm`); the table a new algorithm is added to."""
+
+__all__ = [
+    "LOSSES",
+    "TokenStats",
+    "collect_token_stats",
+    "dapo_loss",
+    "fipo_loss",
+    "group_advantages",
+    "grpo_loss",
+    "overlong_penalty",
+    "update_metrics",
+]
