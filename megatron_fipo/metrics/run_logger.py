@@ -1,0 +1,182 @@
+"""The log of a run: metrics.jsonl, evaluations, sampled texts, TensorBoard, the live display, the curves at the end.
+
+A run directory holds metrics.jsonl (one object per step), evaluations.jsonl (one per evaluation), samples.jsonl (one
+per sampled text), tensorboard/ (per step; per update in tensorboard/updates) and curves.png.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from megatron_fipo.metrics.curves import draw_curves
+from megatron_fipo.metrics.display import Display, Progress, open_display
+from megatron_fipo.metrics.records import (
+    EVALUATIONS_FILE,
+    METRICS_FILE,
+    SAMPLES_FILE,
+    append_record,
+    open_records,
+    plain,
+    read_metrics,
+)
+from megatron_fipo.metrics.scalars import Scalars
+from megatron_fipo.metrics.timings import StageClock, timings_table
+
+CURVES_FILE = "curves.png"
+
+
+class RunLogger:
+    """Rank 0's log of a run; on other ranks every method does nothing (stages are timed all the same).
+
+    `resume_step` None starts a fresh run, and k continues one after step k: whatever a later, dead run wrote after
+    step k is dropped. `total_steps` is the last step's number; `influence_bounds` are drawn into the curves.
+    Raises ValueError when a fresh run's directory already holds one, or a record file is damaged.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        total_steps: int,
+        rank: int = 0,
+        resume_step: int | None = None,
+        tensorboard_dir: str | Path | None = None,
+        influence_bounds: tuple[float, float] | None = None,
+    ) -> None:
+        self._clock = StageClock()
+        self._run_dir = Path(run_dir)
+        self._influence_bounds = influence_bounds
+        self._step = resume_step or 0
+        self._num_updates = 0
+        self._files: dict[str, IO[str]] = {}
+        self._display: Display | None = None
+        self._scalars: Scalars | None = None
+        self._is_closed = False
+        if rank != 0:
+            return
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        for name in (METRICS_FILE, EVALUATIONS_FILE, SAMPLES_FILE):
+            self._files[name] = open_records(self._run_dir / name, resume_step=resume_step)
+        self._num_updates = sum(len(record.get("updates", ())) for record in read_metrics(self._path(METRICS_FILE)))
+        self._scalars = Scalars(
+            Path(tensorboard_dir or self._run_dir / "tensorboard"),
+            resume_step=resume_step,
+            num_updates=self._num_updates,
+        )
+        self._progress = Progress(total_steps, self._step)
+        self._display = open_display(self._progress)
+
+    def __enter__(self) -> RunLogger:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """Seconds per stage since the start, on this rank."""
+        return dict(self._clock.totals)
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the logger was made."""
+        return self._clock.elapsed_s
+
+    @contextmanager
+    def stage(self, name: str, *, part_of_step: bool = True) -> Iterator[None]:
+        """Show `name` as what is going on now and charge the block's seconds to it.
+
+        Seconds of a stage that is `part_of_step` go into the next step's record as `time/NAME`; start-up, evaluation
+        and checkpoints are not. A stage inside another takes its seconds from it.
+        """
+        if self._display is not None and part_of_step:
+            self._progress.begin_steps()
+        with self._clock.stage(name, part_of_step=part_of_step):
+            self._show_stage()
+            yield
+        self._show_stage()
+
+    def log_step(self, metrics: Mapping[str, Any]) -> None:
+        """Append one step to metrics.jsonl, to TensorBoard and to the display.
+
+        `metrics` holds `step` (one more than the last step), numbers and lists by name, and `updates`: one mapping
+        per optimizer update. Added here: `time/STAGE` and their sum `time/step`, and `tokens_per_s` when `num_tokens`
+        is given. Raises ValueError naming the key for NaN, infinity, or what is no number.
+        """
+        seconds = self._clock.take_step()
+        if self._display is None:
+            return
+        assert self._scalars is not None
+        step = metrics["step"]
+        assert step == self._step + 1, f"step {step} logged after step {self._step}"
+        record = {key: plain(key, value, step) for key, value in metrics.items()}
+        record |= {f"time/{name}": value for name, value in seconds.items()}
+        record["time/step"] = sum(seconds.values())
+        if "num_tokens" in record and record["time/step"] > 0:
+            record["tokens_per_s"] = record["num_tokens"] / record["time/step"]
+        append_record(self._files[METRICS_FILE], record)
+        self._step = step
+        self._scalars.add(record, step)
+        for update in record.get("updates", ()):
+            self._num_updates += 1
+            self._scalars.add_update(update, self._num_updates)
+        self._display.step(record)
+
+    def log_evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Append one evaluation after `step` steps (0: before training) to evaluations.jsonl; TensorBoard: `eval/NAME`.
+
+        Raises ValueError as `log_step`.
+        """
+        if self._scalars is None:
+            return
+        record = {"step": step, **{key: plain(key, value, step) for key, value in metrics.items()}}
+        append_record(self._files[EVALUATIONS_FILE], record)
+        self._scalars.add({f"eval/{key}": value for key, value in record.items() if key != "step"}, step)
+
+    def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Append sampled texts, one mapping of strings and numbers each, to samples.jsonl and TensorBoard's texts."""
+        if self._scalars is None:
+            return
+        for sample in samples:
+            append_record(self._files[SAMPLES_FILE], {"step": step, **sample})
+        self._scalars.add_texts(samples, step)
+
+    def say(self, message: str) -> None:
+        """One message to the person watching, on stderr of rank 0, beside the live display."""
+        if self._display is not None:
+            self._display.say(message)
+
+    def timings_table(self) -> str:
+        """Where the time went so far, as a text table."""
+        return timings_table(self.timings, self.elapsed_s)
+
+    def close(self) -> None:
+        """Draw curves.png when there is a step to draw, put the terminal back, close the files. Safe to call twice."""
+        if self._display is None or self._scalars is None or self._is_closed:
+            return
+        self._is_closed = True
+        self._display.close()
+        self._scalars.close()
+        for file in self._files.values():
+            file.close()
+        steps = read_metrics(self._path(METRICS_FILE))
+        if steps:
+            draw_curves(
+                steps,
+                read_metrics(self._path(EVALUATIONS_FILE)),
+                self._path(CURVES_FILE),
+                influence_bounds=self._influence_bounds,
+            )
+
+    def _path(self, name: str) -> Path:
+        return self._run_dir / name
+
+    def _show_stage(self) -> None:
+        if self._display is not None:
+            self._display.stage(self._clock.current)
