@@ -20,7 +20,7 @@ PANELS: tuple[tuple[str, str, str], ...] = (  # title, unit, metric
     ("Response length", "tokens, mean", "response_length/mean"),
     ("Entropy", "nats per token", "entropy"),
     ("Gradient norm", "before clipping", "grad_norm"),
-    ("Engine mismatch", "mean |engine - trainer| log-prob", "engine_mismatch/mean"),
+    ("Engine against trainer", "mean |log-prob difference|", "engine_mismatch/mean"),
 )
 
 
@@ -37,7 +37,7 @@ def draw_curves(
 
     figure = Figure(figsize=(13, 11), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = iter(figure.subplots(4, 2).flat)
+    axes = iter(figure.subplots(4, 2, sharex=True).flat)
     _draw_accuracy(next(axes), steps, evaluations)
     _draw_influence(next(axes), steps, influence_bounds)
     for title, unit, metric in PANELS:
@@ -47,23 +47,46 @@ def draw_curves(
 
 
 def _draw_accuracy(ax: Axes, steps: Records, evaluations: Records) -> None:
-    x, y = _series(steps, "accuracy")
-    ax.plot(x, y, color=BLUE, marker=".", label="training samples")
+    train_x, train_y = _series(steps, "accuracy")
+    ax.plot(train_x, train_y, color=BLUE, marker=".", alpha=0.7, label="training samples")
     x, y = _series(evaluations, "accuracy")
     ax.plot(x, y, color=ORANGE, marker="o", linestyle="--", label="held-out problems")
     for index in {0, len(x) - 1} if x else ():
-        ax.annotate(f"{y[index]:.2f}", (x[index], y[index]), textcoords="offset points", xytext=(0, 7), color=ORANGE)
-    ax.set_ylim(-0.03, 1.06)
-    ax.legend(loc="best", frameon=False)
-    _label(ax, "Accuracy", "share of right answers", has_data=bool(y) or bool(steps))
+        ax.annotate(
+            f"{y[index]:.2f}",
+            (x[index], y[index]),
+            textcoords="offset points",
+            xytext=(0, -6),
+            ha="center",
+            va="top",
+            color=ORANGE,
+            fontweight="bold",
+        )
+    ax.set_ylim(-0.15, 1.05)
+    ax.legend(loc="upper left", ncols=2, frameon=False)
+    _label(ax, "Accuracy", "share of right answers", has_data=bool(train_y or y))
 
 
 def _draw_influence(ax: Axes, steps: Records, bounds: tuple[float, float] | None) -> None:
     x, y = _series(steps, "influence_weights_mean")
-    ax.plot(x, y, color=BLUE, marker=".", label="mean")
-    for bound, name in zip(bounds or (), ("lower bound", "upper bound"), strict=False):
-        ax.axhline(bound, color=GREY, linestyle=":", linewidth=1)
-        ax.annotate(f"{name} {bound:g}", (0.01, bound), xycoords=("axes fraction", "data"), color=GREY, va="bottom")
+    ax.plot(x, y, color=BLUE, marker=".")
+    if bounds is not None and y:
+        low, high = bounds
+        margin = 0.12 * (high - low)
+        ax.set_ylim(min(low, *y) - margin, max(high, *y) + margin)
+        for bound, name, shift, side in ((low, "lower bound", -3, "top"), (high, "upper bound", 3, "bottom")):
+            ax.axhline(bound, color=GREY, linestyle=":", linewidth=1.2)
+            ax.annotate(
+                f"{name} {bound:g}",
+                (1.0, bound),
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                xytext=(0, shift),
+                color=GREY,
+                fontsize=8,
+                ha="right",
+                va=side,
+            )
     _label(ax, "Influence weight", "f, mean over tokens", has_data=bool(y))
 
 
@@ -80,10 +103,11 @@ def _draw_seconds(ax: Axes, steps: Records) -> None:
     for index, name in enumerate(names):
         heights = [float(record.get(name, 0.0)) for record in steps]
         colour = STAGE_COLOURS[index % len(STAGE_COLOURS)]
-        ax.bar(x, heights, bottom=bottom, width=0.8, color=colour, label=name.removeprefix("time/"))
+        ax.bar(x, heights, bottom=bottom, width=0.9, color=colour, label=name.removeprefix("time/"))
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     if names:
-        ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+        ax.set_ylim(0, 1.25 * (max(bottom) or 1.0))  # room for the legend
+        ax.legend(loc="upper left", ncols=min(5, len(names)), frameon=False, fontsize=8)
     _label(ax, "Seconds per step", "seconds", has_data=bool(names))
 
 
@@ -98,6 +122,7 @@ def _label(ax: Axes, title: str, unit: str, *, has_data: bool) -> None:
 
     ax.set_title(title, loc="left", fontweight="bold")
     ax.set_xlabel("step")
+    ax.tick_params(labelbottom=True)
     ax.set_ylabel(unit)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(alpha=0.25)
