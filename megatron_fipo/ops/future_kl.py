@@ -54,7 +54,7 @@ def future_kl(
         scan(values.contiguous().numpy(), flags.contiguous().numpy(), offsets.numpy(), gamma, out.numpy())
         return out.view(shape)
     # float64 costs nothing beside the model and leaves one rounding, as in the compiled loop
-    return scan_blocks(torch.where(flags, values, 0).double(), _decays(offsets, gamma)).to(out_dtype).view(shape)
+    return scan_blocks(torch.where(flags, values, 0).double(), offsets, gamma).to(out_dtype).view(shape)
 
 
 def future_kl_reference(
@@ -175,11 +175,22 @@ def require_single_rank(group: Any | None) -> None:
         )
 
 
-def scan_blocks(values: Tensor, decays: Tensor) -> Tensor:
-    """x_t = values_t + decays_t x_{t+1} over [T], on any device, with tensor operations only.
+def scan_blocks(values: Tensor, offsets: Tensor, gamma: float) -> Tensor:
+    """x_t = values_t + gamma x_{t+1} over [T] floating, anew in every sequence of offsets [num_seqs + 1] int64.
 
-    Inside blocks of 64 by doubling windows, then the blocks' first entries by the same scan: about 6 T operations in
-    20 launches at T = 32k. A decay of 0 cuts: nothing behind it is read, NaN included. Keeps the dtype given.
+    Tensor operations only, so it runs on any device: about 6 T operations in 20 launches at T = 32k. A NaN stays in
+    its own sequence. Keeps the dtype of values.
+    """
+    decays = torch.full_like(values, gamma)
+    ends = offsets[1:][offsets.diff() > 0] - 1
+    decays[ends] = 0.0
+    return _scan_affine(values, decays)
+
+
+def _scan_affine(values: Tensor, decays: Tensor) -> Tensor:
+    """x_t = values_t + decays_t x_{t+1} over [T]; where decays_t is 0, x_{t+1} is not read.
+
+    Inside blocks by doubling windows, then over the blocks' first entries by the same scan (README.md).
     """
     num_tokens = values.numel()
     if num_tokens == 0:
@@ -195,18 +206,10 @@ def scan_blocks(values: Tensor, decays: Tensor) -> Tensor:
         x, product = torch.where(product == 0, x, x + product * x_behind), product * product_behind
         width *= 2
     if x.shape[0] > 1:
-        first = scan_blocks(x[:, 0], product[:, 0])
+        first = _scan_affine(x[:, 0], product[:, 0])
         behind = torch.nn.functional.pad(first[1:], (0, 1)).unsqueeze(1)
         x = torch.where(product == 0, x, x + product * behind)
     return x.reshape(-1)[:num_tokens]
-
-
-def _decays(offsets: Tensor, gamma: float) -> Tensor:
-    """[T] float64: gamma, and 0 at the last token of every sequence."""
-    decays = torch.full((int(offsets[-1]),), gamma, dtype=torch.float64, device=offsets.device)
-    ends = offsets[1:][offsets.diff() > 0] - 1
-    decays[ends] = 0.0
-    return decays
 
 
 @functools.cache

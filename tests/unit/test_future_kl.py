@@ -34,11 +34,9 @@ PRESET = {
 
 def block_scan_kl(delta: Tensor, mask: Tensor, half_life: float, *, cu_seqlens: Tensor | None = None) -> Tensor:
     """`future_kl` as other devices than the CPU compute it."""
-    offsets = sequence_offsets(delta, cu_seqlens)
-    decays = torch.full((delta.numel(),), decay_factor(half_life), dtype=torch.float64)
-    decays[offsets[1:][offsets.diff() > 0] - 1] = 0
     values = torch.where(mask, delta, 0).double().reshape(-1)
-    return scan_blocks(values, decays).to(delta.dtype).view(delta.shape)
+    found = scan_blocks(values, sequence_offsets(delta, cu_seqlens), decay_factor(half_life))
+    return found.to(delta.dtype).view(delta.shape)
 
 
 SCANS: list[Callable[..., Tensor]] = [future_kl, block_scan_kl]
