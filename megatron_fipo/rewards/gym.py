@@ -1,0 +1,53 @@
+"""reasoning-gym's own verifiers, on the problem built again from its data set, parameters and index."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+from megatron_fipo.types import RewardResult
+
+
+def reasoning_gym(
+    response: str,
+    ground_truth: str,
+    *,
+    task: str,
+    parameters: dict[str, Any],
+    index: int,
+    **extra: Any,
+) -> RewardResult:
+    """The score that the data set `task`, made with `parameters` (its seed and size too), gives the answer to its
+    problem `index`. The answer is the last <answer>...</answer> of the response, else all of it.
+
+    `score` is the verifier's, between 0 and 1, partial credit included; `accuracy` is 1 only for full marks.
+    Raises ValueError when the problem built here is not the one that was asked (its answer differs).
+    """
+    from reasoning_gym.utils import extract_answer
+
+    dataset, entry = _entry(task, json.dumps(parameters, sort_keys=True), index)
+    expected = "" if entry["answer"] is None else str(entry["answer"])
+    if expected != ground_truth:
+        raise ValueError(
+            f"problem {index} of {task} with {parameters} has the answer {expected[:80]!r} here and "
+            f"{ground_truth[:80]!r} where it was asked: the task is not reproducible"
+        )
+    tagged = extract_answer(response)
+    answer = response.strip() if tagged is None else tagged
+    score = float(dataset.score_answer(answer, entry))
+    return RewardResult(score, float(score >= 1.0), answer or None)
+
+
+@functools.lru_cache(maxsize=256)
+def _entry(task: str, parameters: str, index: int) -> tuple[Any, dict[str, Any]]:
+    """Data set and problem; kept, because the samples of one prompt are graded one after the other."""
+    dataset = _dataset(task, parameters)
+    return dataset, dataset[index]
+
+
+@functools.lru_cache(maxsize=4)
+def _dataset(task: str, parameters: str) -> Any:
+    import reasoning_gym
+
+    return reasoning_gym.create_dataset(task, **json.loads(parameters))

@@ -1,0 +1,73 @@
+"""The table of rewards, and the way to one of the user's own."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable
+
+from megatron_fipo.config import DataSettings
+from megatron_fipo.rewards.dapo import dapo_math
+from megatron_fipo.rewards.gym import reasoning_gym
+from megatron_fipo.rewards.rules import exact, small_arithmetic
+from megatron_fipo.types import RewardResult
+
+Reward = Callable[..., RewardResult]
+
+REWARDS: dict[str, Reward] = {
+    "small_arithmetic": small_arithmetic,
+    "reasoning_gym": reasoning_gym,
+    "dapo_math": dapo_math,
+    "exact": exact,
+}
+"""Every built-in reward: f(response: str, ground_truth: str, **extra) -> RewardResult, synchronous, free to hang."""
+
+PRELOADED_MODULES = {"reasoning_gym": "reasoning_gym"}
+"""What a grader process imports before its limits are set, because the reward imports it on first use."""
+
+
+def reward_name(settings: DataSettings) -> str:
+    """The reward of a run: --custom-rm-path, --rm-type, or the task's own verifier.
+
+    Raises ValueError for an unknown name, and for a prompt file without a reward.
+    """
+    if settings.custom_rm_path is not None:
+        if ":" not in settings.custom_rm_path:
+            raise ValueError(f"--custom-rm-path is {settings.custom_rm_path!r}, but must be module:function")
+        return settings.custom_rm_path
+    if settings.rm_type is not None:
+        if settings.rm_type not in REWARDS:
+            raise ValueError(f"--rm-type is {settings.rm_type!r}, but must be {_known(settings.rm_type)}")
+        return settings.rm_type
+    if settings.task is None:
+        raise ValueError(f"--prompt-data needs a reward: --rm-type {_known('')}, or --custom-rm-path module:function")
+    return "small_arithmetic" if settings.task == "small_arithmetic" else "reasoning_gym"
+
+
+def load_reward(path: str) -> Reward:
+    """The reward of that name in REWARDS, or the function `module:function`, whose module is imported.
+
+    Raises ValueError when there is none; whatever the module raises while it is imported passes through.
+    """
+    if ":" not in path:
+        if path not in REWARDS:
+            raise ValueError(f"no reward is called {path!r}; wanted {_known(path)}, or module:function")
+        return REWARDS[path]
+    module_name, _, function_name = path.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (module_name == error.name or module_name.startswith(error.name + ".")):
+            raise ValueError(
+                f"the reward {path!r} names the module {module_name!r}, which is not importable"
+            ) from error
+        raise
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ValueError(f"the reward {path!r}: module {module_name!r} has no function {function_name!r}")
+    return function
+
+
+def _known(name: str) -> str:
+    close = difflib.get_close_matches(name, REWARDS, n=1)
+    return f"one of {', '.join(REWARDS)}" + (f" (did you mean {close[0]!r}?)" if close else "")

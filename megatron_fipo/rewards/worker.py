@@ -1,0 +1,110 @@
+"""The grader process (`python -m megatron_fipo.rewards.worker`): JSON lines in on stdin, one JSON line out per answer.
+
+It ends when stdin does, that is when its parent closes it or dies. What a reward prints is discarded.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import traceback
+from typing import Any, BinaryIO
+
+from megatron_fipo.rewards.registry import PRELOADED_MODULES, Reward, load_reward
+from megatron_fipo.types import RewardResult
+
+MAX_ANSWER_CHARACTERS = 1_000
+MAX_MESSAGE_CHARACTERS = 2_000
+ORPHAN_GRACE_S = 2.0  # a hung grader ends itself this long after its parent should have ended it
+
+
+def main() -> None:
+    """Load the reward that the first line names, say so, then grade line by line until stdin ends.
+
+    In: {"reward", "sys_path", "memory_bytes", "timeout_s"}, then {"id", "response", "ground_truth", "extra"}.
+    Out: {"ready": true} or {"load_error"}, then {"id", "score", "accuracy", "answer"} or {"id", "kind", "message"}.
+    """
+    requests, replies = _take_over_standard_streams()
+    first = json.loads(requests.readline())
+    sys.path[:] = first["sys_path"]
+    try:
+        reward = load_reward(first["reward"])
+        if first["reward"] in PRELOADED_MODULES:
+            importlib.import_module(PRELOADED_MODULES[first["reward"]])
+    except BaseException as error:  # the user's module may raise anything, SystemExit too: the parent reports it
+        _send(replies, {"load_error": _message(error)})
+        return
+    _limit_memory(first["memory_bytes"])
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    _send(replies, {"ready": True})
+    for line in requests:
+        # The kernel ends this process when the parent that should watch the time is gone: no Python code has to run.
+        signal.setitimer(signal.ITIMER_REAL, first["timeout_s"] + ORPHAN_GRACE_S)
+        reply = _grade(reward, json.loads(line))
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        _send(replies, reply)
+
+
+def _take_over_standard_streams() -> tuple[BinaryIO, int]:
+    """The request stream and the descriptor of replies, out of reach of a reward that reads stdin or prints."""
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.dup(1)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(nothing, descriptor)
+    os.close(nothing)
+    return requests, replies
+
+
+def _limit_memory(memory_bytes: int) -> None:
+    """Allow `memory_bytes` of address space above what this process has mapped by now."""
+    with open("/proc/self/statm") as statm:
+        baseline = int(statm.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (baseline + memory_bytes, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _grade(reward: Reward, request: dict[str, Any]) -> dict[str, Any]:
+    try:
+        result = reward(request["response"], request["ground_truth"], **request["extra"])
+        problem = _problem_of(result)
+    except MemoryError as error:
+        return {"id": request["id"], "kind": "memory", "message": _message(error)}
+    except BaseException as error:  # a reward may raise anything, SystemExit too; all of it is the parent's to see
+        return {"id": request["id"], "kind": "exception", "message": _message(error)}
+    if problem is not None:
+        return {"id": request["id"], "kind": "exception", "message": problem[:MAX_MESSAGE_CHARACTERS]}
+    answer = None if result.answer is None else result.answer[:MAX_ANSWER_CHARACTERS]
+    return {"id": request["id"], "score": float(result.score), "accuracy": float(result.accuracy), "answer": answer}
+
+
+def _problem_of(result: RewardResult) -> str | None:
+    """What is wrong with a reward's return value, or None."""
+    if not isinstance(result, RewardResult):
+        return f"the reward returned {type(result).__name__}, wanted RewardResult"
+    if not math.isfinite(result.score):
+        return f"the reward returned the score {result.score!r}, wanted a finite number"
+    if not 0.0 <= result.accuracy <= 1.0:
+        return f"the reward returned the accuracy {result.accuracy!r}, wanted a number in [0, 1]"
+    if not (result.answer is None or isinstance(result.answer, str)):
+        return f"the reward returned an answer of type {type(result.answer).__name__}, wanted str or None"
+    return None
+
+
+def _message(error: BaseException) -> str:
+    lines = traceback.format_exception_only(type(error), error)
+    return "".join(lines).strip()[:MAX_MESSAGE_CHARACTERS]
+
+
+def _send(replies: int, reply: dict[str, Any]) -> None:
+    data = memoryview(json.dumps(reply).encode() + b"\n")
+    while data:
+        data = data[os.write(replies, data) :]
+
+
+if __name__ == "__main__":
+    main()
