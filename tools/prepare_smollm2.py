@@ -164,7 +164,7 @@ def is_complete(directory: Path) -> bool:
     """Whether the receipt is there, names this source, and every file it lists has its size."""
     try:
         receipt = json.loads((directory / RECEIPT).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
         return False
     if receipt.get("gguf_sha256") != GGUF_SHA256:
         return False

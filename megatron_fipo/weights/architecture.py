@@ -1,0 +1,314 @@
+"""The dense decoder that a Hugging Face directory describes, as a value: read, checked, and told in Megatron's terms.
+
+Whatever in config.json could change the maths is either carried by `Architecture` or refused: nothing is ignored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+
+from megatron_fipo.config import require
+
+Family = Literal["qwen2", "qwen3", "llama"]
+CAUSAL_LM_CLASS: dict[str, str] = {
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+}
+"""The supported families by `model_type`, with the class whose maths they stand for."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),  # biases the attention's output too; Qwen2's own bias is not governed by it
+    "mlp_bias": (False,),
+    "attention_dropout": (0,),
+    "use_sliding_window": (False,),
+    "partial_rotary_factor": (1,),
+    "quantization_config": (),
+    "auto_map": (),  # code that lies beside the weights
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "attn_logit_softcapping": (),
+    "final_logit_softcapping": (),
+    "embedding_multiplier": (1,),
+    "residual_multiplier": (1,),
+    "attention_multiplier": (),
+    "logits_scaling": (1,),
+    "num_experts": (0,),
+    "num_local_experts": (0,),
+}
+"""Fields of config.json that would change the maths, with the values that do not; null, or absence, never does."""
+
+LLAMA3_ROPE: dict[str, float] = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+"""What Megatron's `rope_scaling` has built in; only the factor is free."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A pre-norm decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU. Names follow Megatron's flags."""
+
+    family: Family
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int  # size of one head
+    vocab_size: int  # rows of the embedding in the Hugging Face file, unpadded
+    norm_epsilon: float
+    rope_theta: float
+    rope_scaling_factor: float | None  # Llama 3's scaling, None: off
+    max_position_embeddings: int
+    tied: bool  # the output layer is the embedding
+    qkv_bias: bool
+    qk_layernorm: bool
+    dtype: torch.dtype  # what config.json names; the tensors' own dtype is the files' affair
+
+
+def read_architecture(hf_dir: str | Path) -> Architecture:
+    """The architecture in `hf_dir`/config.json, as transformers 4 or 5 writes it.
+
+    Raises ValueError naming the file, the field, the value found and the value wanted when the file is missing or
+    malformed, when a field is missing, or when one asks for maths that is not built.
+    """
+    path = Path(hf_dir) / "config.json"
+    config = _read_json_object(path)
+    family = config.get("model_type")
+    require(
+        isinstance(family, str) and family in CAUSAL_LM_CLASS,
+        f"{path}: model_type",
+        family,
+        f"one of {sorted(CAUSAL_LM_CLASS)}",
+    )
+    family = cast(Family, family)
+    _check_neutral(path, config, family)
+
+    num_heads = _positive_int(path, config, "num_attention_heads")
+    hidden_size = _positive_int(path, config, "hidden_size")
+    if config.get("num_key_value_heads") is None and family == "llama":
+        num_groups = num_heads  # Llama 1 and 2 leave the field out
+    else:
+        num_groups = _positive_int(path, config, "num_key_value_heads")
+    require(
+        num_heads % num_groups == 0,
+        f"{path}: num_key_value_heads",
+        num_groups,
+        f"a divisor of num_attention_heads ({num_heads})",
+    )
+    if config.get("head_dim") is None and family != "qwen3":
+        require(hidden_size % num_heads == 0, f"{path}: hidden_size", hidden_size, f"a multiple of {num_heads} heads")
+        head_dim = hidden_size // num_heads
+    else:
+        head_dim = _positive_int(path, config, "head_dim")
+    require(head_dim % 2 == 0, f"{path}: head_dim", head_dim, "even (RoPE turns pairs)")
+
+    rope_theta, rope_scaling_factor = _read_rope(path, config)
+    dtype_name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    require(
+        isinstance(dtype_name, str) and dtype_name in DTYPES, f"{path}: dtype", dtype_name, f"one of {sorted(DTYPES)}"
+    )
+    return Architecture(
+        family=family,
+        num_layers=_positive_int(path, config, "num_hidden_layers"),
+        hidden_size=hidden_size,
+        ffn_hidden_size=_positive_int(path, config, "intermediate_size"),
+        num_attention_heads=num_heads,
+        num_query_groups=num_groups,
+        kv_channels=head_dim,
+        vocab_size=_positive_int(path, config, "vocab_size"),
+        norm_epsilon=_positive_float(path, config.get("rms_norm_eps"), "rms_norm_eps"),
+        rope_theta=rope_theta,
+        rope_scaling_factor=rope_scaling_factor,
+        max_position_embeddings=_positive_int(path, config, "max_position_embeddings"),
+        tied=_read_bool(path, config, "tie_word_embeddings", absent=False),
+        qkv_bias=family == "qwen2",
+        qk_layernorm=family == "qwen3",
+        dtype=DTYPES[dtype_name],
+    )
+
+
+def check_layout(arch: Architecture, tp: int, pp: int) -> None:
+    """Raise ValueError naming the flag, the size found and what it must divide, when the model cannot be cut so."""
+    tp_flag, pp_flag = "--tensor-model-parallel-size", "--pipeline-model-parallel-size"
+    require(tp >= 1, tp_flag, tp, ">= 1")
+    require(pp >= 1, pp_flag, pp, ">= 1")
+    for count, what in (
+        (arch.num_attention_heads, "attention heads"),
+        (arch.num_query_groups, "query groups (key-value heads)"),
+        (arch.ffn_hidden_size, "FFN channels"),
+    ):
+        require(count % tp == 0, tp_flag, tp, f"a divisor of the model's {count} {what}")
+    require(arch.num_layers % pp == 0, pp_flag, pp, f"a divisor of the model's {arch.num_layers} layers")
+
+
+def to_transformer_fields(arch: Architecture) -> dict[str, Any]:
+    """megatron-core's TransformerConfig fields that the architecture decides, all but `activation_func` (SiLU)."""
+    return {
+        "num_layers": arch.num_layers,
+        "hidden_size": arch.hidden_size,
+        "ffn_hidden_size": arch.ffn_hidden_size,
+        "num_attention_heads": arch.num_attention_heads,
+        "num_query_groups": arch.num_query_groups,
+        "kv_channels": arch.kv_channels,
+        "layernorm_epsilon": arch.norm_epsilon,
+        "normalization": "RMSNorm",
+        "layernorm_zero_centered_gamma": False,
+        "apply_residual_connection_post_layernorm": False,
+        "gated_linear_unit": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": arch.qkv_bias,
+        "qk_layernorm": arch.qk_layernorm,
+        "rotary_interleaved": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+    }
+
+
+def to_gpt_model_fields(arch: Architecture) -> dict[str, Any]:
+    """megatron-core's GPTModel arguments that the architecture decides; the padded vocabulary is the layout's."""
+    fields: dict[str, Any] = {
+        "max_sequence_length": arch.max_position_embeddings,
+        "share_embeddings_and_output_weights": arch.tied,
+        "position_embedding_type": "rope",
+        "rotary_percent": 1.0,
+        "rotary_base": arch.rope_theta,
+        "rope_scaling": arch.rope_scaling_factor is not None,
+    }
+    if arch.rope_scaling_factor is not None:
+        fields["rope_scaling_factor"] = arch.rope_scaling_factor
+    return fields
+
+
+def padded_vocab_size(vocab_size: int, tp: int, divisible_by: int = 1) -> int:
+    """The smallest multiple of `divisible_by` x `tp` that holds `vocab_size` rows.
+
+    `divisible_by` is Megatron's `--make-vocab-size-divisible-by`, whose default of 128 is a choice of speed; the
+    default here pads no more than the cut needs. Checkpoints still move between layouts: torch_dist marks the
+    vocabulary's tensors `allow_shape_mismatch`, so that they load under any padding.
+    """
+    multiple = divisible_by * tp
+    return -(-vocab_size // multiple) * multiple
+
+
+def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the Hugging Face checkpoint with its shape, in the order of export. Tied: no lm_head.weight."""
+    hidden, ffn, dim = arch.hidden_size, arch.ffn_hidden_size, arch.kv_channels
+    rows = {"q": arch.num_attention_heads * dim, "k": arch.num_query_groups * dim, "v": arch.num_query_groups * dim}
+    layer: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (hidden,)}
+    for which, num_rows in rows.items():
+        layer[f"self_attn.{which}_proj.weight"] = (num_rows, hidden)
+        if arch.qkv_bias:
+            layer[f"self_attn.{which}_proj.bias"] = (num_rows,)
+    if arch.qk_layernorm:
+        layer |= {"self_attn.q_norm.weight": (dim,), "self_attn.k_norm.weight": (dim,)}
+    layer |= {
+        "self_attn.o_proj.weight": (hidden, rows["q"]),
+        "post_attention_layernorm.weight": (hidden,),
+        "mlp.gate_proj.weight": (ffn, hidden),
+        "mlp.up_proj.weight": (ffn, hidden),
+        "mlp.down_proj.weight": (hidden, ffn),
+    }
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (arch.vocab_size, hidden)}
+    for index in range(arch.num_layers):
+        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
+    shapes["model.norm.weight"] = (hidden,)
+    if not arch.tied:
+        shapes["lm_head.weight"] = (arch.vocab_size, hidden)
+    return shapes
+
+
+def _check_neutral(path: Path, config: Mapping[str, Any], family: Family) -> None:
+    """Refuse every field that asks for maths beyond `Architecture`."""
+    for name, neutral in NEUTRAL_VALUES.items():
+        if name == "attention_bias" and family == "qwen2":
+            continue  # transformers' Qwen2 has no such field: its bias is fixed
+        found = config.get(name)
+        wanted = f"{neutral[0]!r}: nothing else is supported" if neutral else "absent: it is not supported"
+        require(found is None or found in neutral, f"{path}: {name}", found, wanted)
+    if family == "llama":
+        found = config.get("sliding_window")
+        require(found is None, f"{path}: sliding_window", found, "absent: sliding windows are not supported")
+    layer_types = set(config.get("layer_types") or ["full_attention"])
+    require(
+        layer_types == {"full_attention"},
+        f"{path}: layer_types",
+        sorted(layer_types),
+        "full_attention in every layer: sliding windows are not supported",
+    )
+    architectures = config.get("architectures") or [CAUSAL_LM_CLASS[family]]
+    require(
+        architectures == [CAUSAL_LM_CLASS[family]],
+        f"{path}: architectures",
+        architectures,
+        f"[{CAUSAL_LM_CLASS[family]!r}] for model_type {family!r}",
+    )
+
+
+def _read_rope(path: Path, config: Mapping[str, Any]) -> tuple[float, float | None]:
+    """(theta, Llama 3 scaling factor or None) from transformers 5's rope_parameters or 4's rope_theta, rope_scaling."""
+    field = "rope_parameters" if config.get("rope_parameters") is not None else "rope_scaling"
+    rope = config.get(field) or {}
+    require(isinstance(rope, dict), f"{path}: {field}", rope, "an object")
+    where = f"{path}: {field}"
+
+    thetas = [theta for theta in (rope.get("rope_theta"), config.get("rope_theta")) if theta is not None]
+    require(len(thetas) < 2 or thetas[0] == thetas[1], f"{path}: rope_theta", thetas[1:], f"{thetas[:1]} as in {field}")
+    theta = _positive_float(path, thetas[0] if thetas else 10000.0, "rope_theta")  # the three families' default
+
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    require(rope_type in ("default", "llama3"), f"{where}.rope_type", rope_type, "'default' or 'llama3'")
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    known |= {"factor", *LLAMA3_ROPE} if rope_type == "llama3" else set()
+    unknown = sorted(set(rope) - known)
+    require(not unknown, where, unknown, f"without these: {rope_type!r} RoPE has {sorted(known)}")
+    partial = rope.get("partial_rotary_factor")
+    require(partial in (None, 1), f"{where}.partial_rotary_factor", partial, "1: nothing else is supported")
+    if rope_type == "default":
+        return theta, None
+    for name, wanted in LLAMA3_ROPE.items():
+        require(rope.get(name) == wanted, f"{where}.{name}", rope.get(name), f"{wanted}: Megatron has it built in")
+    return theta, _positive_float(path, rope.get("factor"), f"{field}.factor")
+
+
+def _read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. Raises ValueError naming the file and, if malformed, the line."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}): a Hugging Face model's directory has one"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    require(isinstance(found, dict), str(path), type(found).__name__, "a JSON object")
+    return cast("dict[str, Any]", found)
+
+
+def _positive_int(path: Path, config: Mapping[str, Any], name: str) -> int:
+    found = config.get(name)
+    require(type(found) is int and found >= 1, f"{path}: {name}", found, "an integer >= 1")
+    return cast(int, found)
+
+
+def _positive_float(path: Path, found: object, name: str) -> float:
+    is_number = isinstance(found, int | float) and not isinstance(found, bool)
+    require(is_number and cast(float, found) > 0, f"{path}: {name}", found, "a number > 0")
+    return float(cast(float, found))
+
+
+def _read_bool(path: Path, config: Mapping[str, Any], name: str, *, absent: bool) -> bool:
+    found = config.get(name, absent)
+    require(isinstance(found, bool), f"{path}: {name}", found, "true or false")
+    return cast(bool, found)

@@ -1,0 +1,340 @@
+"""Hugging Face safetensors on disk: read in pieces through memory mapping, written as a stream of shards.
+
+Knows files, names, shapes and dtypes; what a tensor means to Megatron is `mapping`'s affair.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_fipo.weights.architecture import DTYPES, Architecture, hf_shapes
+
+SINGLE_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
+EXPORT_RECEIPT = "export_receipt.json"
+"""Lists the files of an export with their sizes: what may be replaced by the next export."""
+
+COPIED_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "NOTICE",
+    "USE_POLICY.md",
+)
+"""What an export takes over from the model it started from, where it is there."""
+
+SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # a buffer that old files carry
+ROWS_PER_COMPARISON = 4096
+
+
+class HFWeights:
+    """The tensors of one Hugging Face directory, found by name and read on demand.
+
+    Takes model.safetensors if it is there, as transformers does, else the shards of model.safetensors.index.json.
+    Raises ValueError naming the file when there is neither, or when a file is missing, truncated or not what the index
+    says. Tensors come in the file's dtype and may lie in its memory mapping: copy them before writing to them.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self._files = {path: _open_safetensors(path) for path in _find_files(self.directory)}
+        self._path_of = {name: path for path, file in self._files.items() for name in file.keys()}  # noqa: SIM118
+        num_tensors = sum(len(file.keys()) for file in self._files.values())
+        if num_tensors != len(self._path_of):
+            raise ValueError(f"{self.directory} holds the same tensor in several safetensors files")
+        if not (self.directory / SINGLE_NAME).is_file():
+            _check_index(self.directory / INDEX_NAME, self._path_of)
+
+    @property
+    def names(self) -> list[str]:
+        """All tensors, sorted."""
+        return sorted(self._path_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Raises ValueError if there is no such tensor, as all of these do."""
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """fp32, bf16 or fp16; anything else is quantised and raises ValueError."""
+        found = self._slice(name).get_dtype()
+        if found not in SAFETENSORS_DTYPES:
+            raise ValueError(
+                f"{self._path_of[name]}: {name} has dtype {found}, but must have one of {sorted(SAFETENSORS_DTYPES)}"
+            )
+        return SAFETENSORS_DTYPES[found]
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor."""
+        self.dtype(name)
+        return cast(Tensor, self._slice(name)[:])
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` (exclusive): dimension 0."""
+        self._check_range(name, 0, start, stop)
+        return cast(Tensor, self._slice(name)[start:stop])
+
+    def read_columns(self, name: str, start: int, stop: int) -> Tensor:
+        """Columns `start` to `stop` (exclusive) of a matrix: dimension 1."""
+        self._check_range(name, 1, start, stop)
+        return cast(Tensor, self._slice(name)[:, start:stop])
+
+    def _slice(self, name: str) -> Any:
+        if name not in self._path_of:
+            raise ValueError(f"{self.directory}: no safetensors file holds {name}")
+        return self._files[self._path_of[name]].get_slice(name)
+
+    def _check_range(self, name: str, dim: int, start: int, stop: int) -> None:
+        self.dtype(name)
+        shape = self.shape(name)
+        if not (dim < len(shape) and 0 <= start < stop <= shape[dim]):
+            raise ValueError(f"{self._path_of[name]}: {name} has shape {list(shape)}: no [{start}:{stop}] in dim {dim}")
+
+
+def check_hf_shapes(arch: Architecture, weights: HFWeights) -> None:
+    """Raise ValueError naming the directory unless it holds exactly the architecture's tensors in their shapes.
+
+    Reads headers only, but for a tied model that carries lm_head.weight all the same: then it must equal the embedding.
+    """
+    wanted, found = hf_shapes(arch), {name for name in weights.names if not IGNORED.fullmatch(name)}
+    tied_extra = {"lm_head.weight"} & found if arch.tied else set()
+    missing, unexpected = sorted(wanted.keys() - found), sorted(found - wanted.keys() - tied_extra)
+    if missing:
+        raise ValueError(f"{weights.directory} lacks tensors that its config.json asks for: {_first_few(missing)}")
+    if unexpected:
+        raise ValueError(
+            f"{weights.directory} holds tensors that its config.json has no use for: {_first_few(unexpected)}"
+        )
+    wrong = [
+        f"{name} is {list(weights.shape(name))} but must be {list(shape)}"
+        for name, shape in wanted.items()
+        if weights.shape(name) != shape
+    ]
+    if wrong:
+        raise ValueError(f"{weights.directory} contradicts its config.json: {_first_few(wrong)}")
+    for name in wanted:
+        weights.dtype(name)
+    if tied_extra and not _same_tensor(weights, "lm_head.weight", "model.embed_tokens.weight"):
+        raise ValueError(
+            f"{weights.directory}: lm_head.weight differs from model.embed_tokens.weight, "
+            "but config.json has tie_word_embeddings true"
+        )
+
+
+def write_hf_checkpoint(
+    save_dir: str | Path,
+    source_dir: str | Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    max_shard_bytes: int = 4 * 2**30,
+) -> None:
+    """Write `tensors` as a Hugging Face directory that transformers loads bit-equal: `save_dir`.
+
+    Streams: at most one shard of `max_shard_bytes` is held, copied, so the producer may reuse its buffers. All tensors
+    share one dtype, which is entered in the copy of `source_dir`'s config.json; tokenizer and generation config are
+    copied as they are. Everything is written aside in the same parent and renamed at the end, so `save_dir` is never
+    half-made; if `tensors` raises, it is untouched. An earlier export is replaced, an empty directory filled; any other
+    directory, or an export with files added, raises ValueError, as does `source_dir` itself.
+    """
+    save_dir, source_dir = Path(save_dir).absolute(), Path(source_dir).absolute()
+    _check_replaceable(save_dir, source_dir)
+    save_dir.parent.mkdir(parents=True, exist_ok=True)
+    aside = save_dir.with_name(f".{save_dir.name}.{os.getpid()}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        dtype = _write_shards(aside, tensors, max_shard_bytes)
+        for name in COPIED_FILES:
+            if (source_dir / name).is_file():
+                shutil.copyfile(source_dir / name, aside / name)
+        _set_config_dtype(aside / "config.json", dtype)
+        sizes = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
+        (aside / EXPORT_RECEIPT).write_text(json.dumps({"size_bytes": sizes}, indent=2) + "\n")
+        _commit(aside, save_dir)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _find_files(directory: Path) -> list[Path]:
+    """The safetensors files to open."""
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is not a directory, but must be that of a Hugging Face model")
+    if (directory / SINGLE_NAME).is_file():
+        return [directory / SINGLE_NAME]
+    index = directory / INDEX_NAME
+    if not index.is_file():
+        raise ValueError(f"{directory} holds neither {SINGLE_NAME} nor {INDEX_NAME}")
+    names = sorted(set(_read_weight_map(index).values()))
+    for name in names:
+        if Path(name).name != name or not (directory / name).is_file():
+            raise ValueError(f"{index} names {name!r}, but {directory} has no such file")
+    return [directory / name for name in names]
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{index} is not valid JSON: {error}") from None
+    except (KeyError, TypeError):
+        raise ValueError(f"{index} has no weight_map") from None
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ValueError(f"{index}: weight_map must be an object from tensor to file name")
+    if not weight_map:
+        raise ValueError(f"{index}: weight_map is empty")
+    return weight_map
+
+
+def _check_index(index: Path, path_of: dict[str, Path]) -> None:
+    """Raise ValueError unless the index and the shards' headers say the same."""
+    weight_map = _read_weight_map(index)
+    for name in sorted(weight_map.keys() | path_of.keys()):
+        found = path_of[name].name if name in path_of else None
+        if found != weight_map.get(name):
+            raise ValueError(f"{index} says that {name} lies in {weight_map.get(name)}, but it lies in {found}")
+
+
+def _open_safetensors(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        size = path.stat().st_size if path.is_file() else 0
+        raise ValueError(f"{path} ({size} bytes) is not a whole safetensors file: {error}") from None
+
+
+def _first_few(items: Sequence[str]) -> str:
+    more = f" and {len(items) - 8} more" if len(items) > 8 else ""
+    return ", ".join(items[:8]) + more
+
+
+def _same_tensor(weights: HFWeights, one: str, other: str) -> bool:
+    """Whether two tensors are bit-equal, compared a piece at a time."""
+    shape = weights.shape(one)
+    if weights.shape(other) != shape or weights.dtype(one) != weights.dtype(other):
+        return False
+    for start in range(0, shape[0], ROWS_PER_COMPARISON):
+        stop = min(start + ROWS_PER_COMPARISON, shape[0])
+        if not torch.equal(weights.read_rows(one, start, stop), weights.read_rows(other, start, stop)):
+            return False
+    return True
+
+
+def _check_replaceable(save_dir: Path, source_dir: Path) -> None:
+    """Raise ValueError unless `save_dir` is absent, empty, or an export with nothing added."""
+    if not (source_dir / "config.json").is_file():
+        raise ValueError(f"{source_dir} has no config.json to export along with the weights")
+    if save_dir.resolve() == source_dir.resolve():
+        raise ValueError(f"the export directory is {save_dir}, but must not be that of the model it started from")
+    if not save_dir.exists():
+        return
+    if not save_dir.is_dir() or save_dir.is_symlink():
+        raise ValueError(f"the export directory {save_dir} is a file or link, but must be a directory or absent")
+    foreign = sorted({path.name for path in save_dir.iterdir()} - _files_of_export(save_dir / EXPORT_RECEIPT))
+    if foreign:
+        raise ValueError(
+            f"the export directory {save_dir} holds {_first_few(foreign)}, "
+            "but must be absent, empty or an earlier export with nothing added"
+        )
+
+
+def _files_of_export(receipt: Path) -> set[str]:
+    """The files that an earlier export's receipt lists, and itself; none if there is no receipt."""
+    if not receipt.is_file():
+        return set()
+    try:
+        return {*json.loads(receipt.read_text(encoding="utf-8"))["size_bytes"], receipt.name}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        raise ValueError(f"{receipt} is not the receipt of an export: remove it with its directory") from None
+
+
+def _write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> torch.dtype:
+    """Write the stream as safetensors, with an index if there is more than one file. Returns the tensors' dtype."""
+    shards: list[list[str]] = []  # names by shard
+    held: dict[str, Tensor] = {}
+    held_bytes = total_bytes = 0
+    dtypes: set[torch.dtype] = set()
+
+    def flush() -> None:
+        path = directory / f"shard-{len(shards)}"
+        path.touch()
+        mode = path.stat().st_mode
+        save_file(held, path, metadata={"format": "pt"})
+        path.chmod(mode)  # safetensors makes its files private
+        shards.append(list(held))
+        held.clear()
+
+    for name, tensor in tensors:
+        assert not any(name in shard for shard in (held, *shards)), f"{name} exported twice"
+        dtypes.add(tensor.dtype)
+        if held and held_bytes + tensor.nbytes > max_shard_bytes:
+            flush()
+            held_bytes = 0
+        # a copy of its own: safetensors refuses views that share storage
+        held[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        held_bytes += tensor.nbytes
+        total_bytes += tensor.nbytes
+    assert held, "an export without tensors"
+    assert len(dtypes) == 1, f"an export of mixed dtypes: {dtypes}"
+    flush()
+
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        names = [SINGLE_NAME]
+    else:
+        weight_map = {tensor_name: file for shard, file in zip(shards, names, strict=True) for tensor_name in shard}
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        (directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+    for i, name in enumerate(names):
+        (directory / f"shard-{i}").rename(directory / name)
+    return dtypes.pop()
+
+
+def _set_config_dtype(path: Path, dtype: torch.dtype) -> None:
+    """Make config.json name the exported dtype: transformers would cast the weights to another one."""
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    name = next(name for name, known in DTYPES.items() if known == dtype)
+    if config.get(key) != name:
+        path.write_text(json.dumps(config | {key: name}, indent=2) + "\n", encoding="utf-8")
+
+
+def _commit(aside: Path, save_dir: Path) -> None:
+    """Put `aside` in the place of `save_dir`."""
+    for path in aside.iterdir():
+        _sync(path)
+    if save_dir.exists():
+        replaced = aside.with_suffix(".replaced")
+        save_dir.rename(replaced)
+        aside.rename(save_dir)
+        shutil.rmtree(replaced)
+    else:
+        aside.rename(save_dir)
+    _sync(save_dir.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,245 @@
+"""Which Hugging Face tensors make which Megatron parameter, and how tensor parallelism cuts it: tables, pure functions.
+
+Megatron names are global: `decoder.layers.N` counts layers over all pipeline stages. A tensor-parallel shard is:
+    qkv      [G_local * (H/G + 2) * d, ...]   per query group its q heads, then k, then v
+    gate_up  [2 * ffn_local, hidden]          the rank's rows of gate, then its rows of up
+    row      [hidden, input_local]            columns of the whole
+    vocab    [V_padded / tp, hidden]          rows of the whole, zeros after the last token
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron_fipo.weights.architecture import Architecture, hf_shapes
+from megatron_fipo.weights.hf_files import HFWeights
+
+Partition = Literal["replicated", "qkv", "gate_up", "row", "vocab"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a Megatron parameter is cut, and the Hugging Face tensors it is made of, in the order they are laid."""
+
+    partition: Partition
+    hf: tuple[str, ...]
+
+
+LAYER_RULES: dict[str, Rule] = {
+    "input_layernorm.weight": Rule("replicated", ("input_layernorm.weight",)),
+    "self_attention.linear_qkv.weight": Rule(
+        "qkv", ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")
+    ),
+    "self_attention.linear_qkv.bias": Rule(
+        "qkv", ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias")
+    ),
+    "self_attention.q_layernorm.weight": Rule("replicated", ("self_attn.q_norm.weight",)),
+    "self_attention.k_layernorm.weight": Rule("replicated", ("self_attn.k_norm.weight",)),
+    "self_attention.linear_proj.weight": Rule("row", ("self_attn.o_proj.weight",)),
+    "pre_mlp_layernorm.weight": Rule("replicated", ("post_attention_layernorm.weight",)),
+    "mlp.linear_fc1.weight": Rule("gate_up", ("mlp.gate_proj.weight", "mlp.up_proj.weight")),
+    "mlp.linear_fc2.weight": Rule("row", ("mlp.down_proj.weight",)),
+}
+"""Below decoder.layers.N and model.layers.N."""
+
+EMBEDDING, FINAL_NORM, OUTPUT = (
+    "embedding.word_embeddings.weight",
+    "decoder.final_layernorm.weight",
+    "output_layer.weight",
+)
+TOP_RULES: dict[str, Rule] = {
+    EMBEDDING: Rule("vocab", ("model.embed_tokens.weight",)),
+    FINAL_NORM: Rule("replicated", ("model.norm.weight",)),
+    OUTPUT: Rule("vocab", ("lm_head.weight",)),
+}
+
+LAYER_ALIASES: dict[str, str] = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+"""Transformer Engine's fused layers keep the norm before them as their own parameter."""
+
+PARTITION_DIMS: dict[Partition, int | None] = {"replicated": None, "qkv": 0, "gate_up": 0, "row": 1, "vocab": 0}
+
+
+def partition_of(name: str) -> Partition:
+    """How tensor parallelism cuts the Megatron parameter `name`. An unknown name raises ValueError, here and below."""
+    return _rule(name).partition
+
+
+def partition_dim(name: str) -> int | None:
+    """The dimension along which shards lie side by side; None: every rank holds the whole."""
+    return PARTITION_DIMS[partition_of(name)]
+
+
+def canonical_name(name: str) -> str:
+    """Megatron's name under its local layer spec; Transformer Engine's fused norms have names of their own."""
+    layer, rest = _split_layer(name)
+    return name if layer is None else f"decoder.layers.{layer}.{LAYER_ALIASES.get(rest, rest)}"
+
+
+def hf_names_of(name: str) -> tuple[str, ...]:
+    """The Hugging Face tensors that make up the Megatron parameter `name`; lm_head.weight for a tied output too."""
+    layer, _ = _split_layer(name)
+    prefix = "" if layer is None else f"model.layers.{layer}."
+    return tuple(prefix + hf for hf in _rule(name).hf)
+
+
+def hf_names(arch: Architecture) -> list[str]:
+    """Every tensor of an export, in its order."""
+    return list(hf_shapes(arch))
+
+
+def expected_megatron_names(arch: Architecture, layers: range, *, first_stage: bool, last_stage: bool) -> set[str]:
+    """The canonical names of the parameters of a pipeline stage that holds the global `layers`.
+
+    A tied model whose last stage is not its first holds its own copy of the embedding there, as output_layer.weight.
+    """
+    absent = set() if arch.qkv_bias else {"self_attention.linear_qkv.bias"}
+    if not arch.qk_layernorm:
+        absent |= {"self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"}
+    names = {f"decoder.layers.{layer}.{name}" for layer in layers for name in LAYER_RULES.keys() - absent}
+    if first_stage:
+        names.add(EMBEDDING)
+    if last_stage:
+        names.add(FINAL_NORM)
+        if not (arch.tied and first_stage):
+            names.add(OUTPUT)
+    return names
+
+
+def shard_shape(name: str, arch: Architecture, *, tp_size: int, padded_vocab: int) -> tuple[int, ...]:
+    """The shape of one tensor-parallel rank's part of the Megatron parameter `name`."""
+    partition, hidden, dim = partition_of(name), arch.hidden_size, arch.kv_channels
+    if partition == "vocab":
+        return (padded_vocab // tp_size, hidden)
+    if partition == "gate_up":
+        return (2 * arch.ffn_hidden_size // tp_size, hidden)
+    if partition == "qkv":
+        rows = (arch.num_attention_heads + 2 * arch.num_query_groups) * dim // tp_size
+        return (rows,) if name.endswith(".bias") else (rows, hidden)
+    if partition == "row":
+        inputs = arch.ffn_hidden_size if "linear_fc2" in name else arch.num_attention_heads * dim
+        return (hidden, inputs // tp_size)
+    return (dim,) if name.endswith(("q_layernorm.weight", "k_layernorm.weight")) else (hidden,)
+
+
+def shard_from_hf(
+    name: str, arch: Architecture, weights: HFWeights, *, tp_rank: int, tp_size: int, padded_vocab: int
+) -> Tensor:
+    """This rank's part of the Megatron parameter `name`, reading no more than that part, in the file's dtype.
+
+    May lie in the file's memory mapping: copy before writing to it. The layout must have passed `check_layout`.
+    """
+    partition, sources = partition_of(name), hf_names_of(name)
+    if partition == "replicated":
+        shard = weights.read(sources[0])
+    elif partition == "vocab":
+        shard = _vocab_rows(sources[0], arch, weights, tp_rank, padded_vocab // tp_size)
+    elif partition == "row":
+        num_columns = weights.shape(sources[0])[1] // tp_size
+        shard = weights.read_columns(sources[0], tp_rank * num_columns, (tp_rank + 1) * num_columns)
+    else:
+        parts = []
+        for source in sources:
+            num_rows = weights.shape(source)[0] // tp_size
+            parts.append(weights.read_rows(source, tp_rank * num_rows, (tp_rank + 1) * num_rows))
+        shard = torch.cat(parts) if partition == "gate_up" else _fuse_qkv(parts, arch.num_query_groups // tp_size)
+    wanted = shard_shape(name, arch, tp_size=tp_size, padded_vocab=padded_vocab)
+    assert tuple(shard.shape) == wanted, f"{name}: shard {tuple(shard.shape)}, but the architecture makes {wanted}"
+    return shard
+
+
+def hf_from_shards(name: str, arch: Architecture, shards: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
+    """The Hugging Face tensors in the Megatron parameter `name`, from its shards in tensor-parallel order.
+
+    A replicated parameter needs only one shard. Vocabulary padding is cut off; a tied output layer yields nothing. The
+    tensors may be views of the shards.
+    """
+    partition, names = partition_of(name), hf_names_of(name)
+    if arch.tied and name == OUTPUT:
+        return []
+    if partition == "replicated":
+        return [(names[0], shards[0])]
+    assert len({tuple(shard.shape) for shard in shards}) == 1, f"{name}: {[tuple(s.shape) for s in shards]}"
+    if partition == "gate_up":
+        gates, ups = zip(*(shard.chunk(2) for shard in shards), strict=True)
+        return [(names[0], _join(gates, 0)), (names[1], _join(ups, 0))]
+    whole = _join(shards, 1 if partition == "row" else 0)
+    if partition == "row":
+        return [(names[0], whole)]
+    if partition == "vocab":
+        assert whole.shape[0] >= arch.vocab_size, f"{name}: {whole.shape[0]} rows for {arch.vocab_size} tokens"
+        return [(names[0], whole[: arch.vocab_size])]
+    return list(zip(names, _split_qkv(whole, arch), strict=True))
+
+
+def checked_stream(arch: Architecture, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Pass on an export's tensors, raising ValueError at one that is unknown, twice there or of a wrong shape or dtype
+    (all share the first one's), and after the last if any is missing."""
+    wanted, dtype = hf_shapes(arch), None
+    seen: set[str] = set()
+    for name, tensor in tensors:
+        dtype = dtype or tensor.dtype
+        if name not in wanted:
+            raise ValueError(f"{name} is exported, but the {arch.family} model has no such tensor")
+        if name in seen:
+            raise ValueError(f"{name} is exported twice")
+        if tuple(tensor.shape) != wanted[name] or tensor.dtype != dtype:
+            found = f"{list(tensor.shape)} {tensor.dtype}"
+            raise ValueError(f"{name} is exported as {found}, but must be {list(wanted[name])} {dtype}")
+        seen.add(name)
+        yield name, tensor
+    missing = [name for name in wanted if name not in seen]
+    if missing:
+        raise ValueError(f"{len(missing)} of {len(wanted)} tensors were not exported, the first is {missing[0]}")
+
+
+def _split_layer(name: str) -> tuple[int | None, str]:
+    """decoder.layers.3.mlp.linear_fc1.weight -> (3, "mlp.linear_fc1.weight"); any other name -> (None, name)."""
+    prefix = "decoder.layers."
+    number, _, rest = name.removeprefix(prefix).partition(".")
+    return (int(number), rest) if name.startswith(prefix) and number.isdecimal() else (None, name)
+
+
+def _rule(name: str) -> Rule:
+    layer, rest = _split_layer(name)
+    rules = TOP_RULES if layer is None else LAYER_RULES
+    rest = rest if layer is None else LAYER_ALIASES.get(rest, rest)
+    if rest not in rules:
+        raise ValueError(f"no rule for the Megatron parameter {name}; known here: {sorted(rules)}")
+    return rules[rest]
+
+
+def _vocab_rows(source: str, arch: Architecture, weights: HFWeights, tp_rank: int, num_rows: int) -> Tensor:
+    """[num_rows, hidden]: rows tp_rank * num_rows and on, zeros after the last token."""
+    source = "model.embed_tokens.weight" if arch.tied else source
+    start = tp_rank * num_rows
+    stop = min(start + num_rows, arch.vocab_size)
+    if start >= arch.vocab_size:
+        return torch.zeros(num_rows, arch.hidden_size, dtype=weights.dtype(source))
+    rows = weights.read_rows(source, start, stop)
+    return torch.nn.functional.pad(rows, (0, 0, 0, num_rows - (stop - start)))
+
+
+def _fuse_qkv(parts: Sequence[Tensor], num_groups: int) -> Tensor:
+    """q [G * H/G * d, ...], k and v [G * d, ...] -> [G * (H/G + 2) * d, ...]."""
+    grouped = [part.view(num_groups, -1, *part.shape[1:]) for part in parts]
+    return torch.cat(grouped, dim=1).flatten(0, 1)
+
+
+def _split_qkv(fused: Tensor, arch: Architecture) -> list[Tensor]:
+    """The inverse of `_fuse_qkv`, of all groups."""
+    dim, num_groups = arch.kv_channels, arch.num_query_groups
+    grouped = fused.view(num_groups, -1, *fused.shape[1:])
+    parts = grouped.split([arch.num_attention_heads // num_groups * dim, dim, dim], dim=1)
+    return [part.flatten(0, 1) for part in parts]
+
+
+def _join(shards: Sequence[Tensor], dim: int) -> Tensor:
+    return shards[0] if len(shards) == 1 else torch.cat(list(shards), dim=dim)
