@@ -43,11 +43,9 @@ def require(condition: bool, flag: str, found: object, wanted: str) -> None:
 class PPOSettings:
     """The clipped policy loss. `clip_*` are offsets from ratio 1."""
 
-    clip_low: float = setting(0.2, "PPO clip below ratio 1 (an offset): r is clipped at 1 - clip_low")
-    clip_high: float = setting(0.28, "PPO clip above ratio 1 (an offset): r is clipped at 1 + clip_high")
-    dual_clip: float | None = setting(
-        10.0, "dual-clip bound c on the loss of tokens with A < 0; 'none' switches it off"
-    )
+    clip_low: float = setting(0.2, "PPO clips the ratio at 1 - this")
+    clip_high: float = setting(0.28, "PPO clips the ratio at 1 + this")
+    dual_clip: float | None = setting(10.0, "dual-clip bound c on the loss of tokens with A < 0, or none")
     loss_agg: LossAggregation = setting("token-mean", "what the loss is averaged over", choices=LOSS_AGGREGATIONS)
 
     def __post_init__(self) -> None:
@@ -65,11 +63,11 @@ class FIPOSettings(PPOSettings):
     influence_low: float = setting(1.0, "lower bound of the influence weight", flag="--fipo-influence-low")
     influence_high: float = setting(1.2, "upper bound of the influence weight", flag="--fipo-influence-high")
     safety_threshold: float = setting(
-        10.0, "ratio above which a token with A < 0 loses its influence weight", flag="--fipo-safety-threshold"
+        10.0, "ratio above which A < 0 takes no influence weight", flag="--fipo-safety-threshold"
     )
     semantics: Semantics = setting(
         "paper",
-        "paper: as published; released: as the authors' code does it (safety clamp, sequence drop)",
+        "as published, or as the authors' code (safety clamp, sequence drop)",
         flag="--fipo-semantics",
         choices=("paper", "released"),
     )
@@ -100,11 +98,11 @@ LOSS_SETTINGS: dict[str, PPOSettings] = {
 
 @dataclass(frozen=True)
 class BatchSettings:
-    """How many prompts, samples and updates make a step. samples per update x updates = prompts x samples per prompt."""
+    """How many prompts, samples and updates make a step: samples per update x updates = prompts x samples each."""
 
     rollout_batch_size: int = setting(512, "prompts per rollout batch (one step)")
     n_samples_per_prompt: int = setting(16, "responses drawn per prompt (G)")
-    num_updates_per_rollout: int = setting(8, "optimizer steps per rollout batch; FIPO needs at least 2")
+    num_updates_per_rollout: int = setting(8, "updates per rollout batch; FIPO needs at least 2")
     max_tokens_per_micro_batch: int = setting(32768, "token budget of one packed micro-batch on one rank")
 
     @property
@@ -141,27 +139,19 @@ class RolloutSettings:
 
     rollout_max_prompt_len: int = setting(2048, "longest prompt, tokens; a longer one is an error")
     rollout_max_response_len: int = setting(20480, "longest response, tokens")
-    rollout_temperature: float = setting(
-        1.0, "sampling temperature of training rollouts (1: log-probs are the policy's)"
-    )
+    rollout_temperature: float = setting(1.0, "sampling temperature of training rollouts")
     dynamic_sampling: bool | None = setting(
         None,
-        "keep only groups whose accuracies differ, generate until the batch is full (default: on for dapo and fipo)",
+        "fill the batch with groups whose accuracies differ (default: not for grpo)",
     )
-    over_sampling_batch_size: int | None = setting(
-        None, "prompts per generation batch under dynamic sampling (default: --rollout-batch-size)"
-    )
-    max_generation_batches: int = setting(10, "generation batches per step before dynamic sampling gives up")
-    overlong_penalty: bool | None = setting(
-        None, "penalise responses near the length limit (default: on for dapo, fipo)"
-    )
-    overlong_buffer_len: int = setting(4096, "tokens before the limit in which the overlong penalty grows")
+    over_sampling_batch_size: int | None = setting(None, "prompts per generation batch (default: --rollout-batch-size)")
+    max_generation_batches: int = setting(10, "generation batches of a step before it gives up")
+    overlong_penalty: bool | None = setting(None, "penalise responses near the length limit (default: not for grpo)")
+    overlong_buffer_len: int = setting(4096, "tokens before the limit in which the penalty grows")
     overlong_penalty_factor: float = setting(1.0, "the overlong penalty at the limit")
     record_rollouts: str | None = setting(None, "directory to write every step's rollouts to")
     replay_rollouts: str | None = setting(None, "directory of recorded rollouts to train on instead of generating")
-    engine_mismatch_limit: float = setting(
-        1.0, "stop when the mean |engine - trainer| log-prob of a step exceeds this (a stale or broken engine)"
-    )
+    engine_mismatch_limit: float = setting(1.0, "largest mean |engine - trainer| log-prob before the run stops")
 
     def __post_init__(self) -> None:
         require(self.rollout_max_prompt_len >= 1, "--rollout-max-prompt-len", self.rollout_max_prompt_len, ">= 1")
@@ -172,8 +162,14 @@ class RolloutSettings:
             self.rollout_temperature,
             "1.0: the loss compares log-probs of the untempered policy",
         )
+        require(
+            self.over_sampling_batch_size is None or self.over_sampling_batch_size >= 1,
+            "--over-sampling-batch-size",
+            self.over_sampling_batch_size,
+            ">= 1",
+        )
         require(self.max_generation_batches >= 1, "--max-generation-batches", self.max_generation_batches, ">= 1")
-        require(0 < self.overlong_buffer_len, "--overlong-buffer-len", self.overlong_buffer_len, "> 0")
+        require(self.overlong_buffer_len > 0, "--overlong-buffer-len", self.overlong_buffer_len, "> 0")
         require(self.overlong_penalty_factor >= 0, "--overlong-penalty-factor", self.overlong_penalty_factor, ">= 0")
         require(self.engine_mismatch_limit > 0, "--engine-mismatch-limit", self.engine_mismatch_limit, "> 0")
         require(
@@ -193,7 +189,7 @@ class DataSettings:
     prompt_data: str | None = setting(None, "JSONL or parquet file of training prompts")
     eval_prompt_data: str | None = setting(None, "JSONL or parquet file of evaluation prompts")
     input_key: str = setting("prompt", "column of the prompt: text or a list of chat messages")
-    label_key: str = setting("label", "column of the ground truth; dots descend, e.g. reward_model.ground_truth")
+    label_key: str = setting("label", "column of the ground truth; dots descend: reward_model.ground_truth")
     apply_chat_template: bool = setting(
         False, "render text prompts as a user turn through the tokenizer's chat template"
     )
@@ -209,10 +205,16 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         require(
-            (self.task is None) != (self.prompt_data is None),
+            self.task is not None or self.prompt_data is not None,
             "--task",
             self.task,
-            f"given exactly when --prompt-data ({self.prompt_data!r}) is not",
+            "given, or --prompt-data with a file of prompts",
+        )
+        require(
+            self.task is None or self.prompt_data is None,
+            "--task",
+            self.task,
+            f"unset when --prompt-data ({self.prompt_data}) is set",
         )
         require(
             self.eval_prompt_data is None or self.prompt_data is not None,
@@ -225,6 +227,12 @@ class DataSettings:
             "--rm-type",
             self.rm_type,
             f"unset when --custom-rm-path ({self.custom_rm_path}) is set",
+        )
+        require(
+            not self.task_args or self.task is not None,
+            "--task-args",
+            dict(self.task_args),
+            f"used with --task, not with --prompt-data ({self.prompt_data})",
         )
         require(self.reward_timeout_s > 0, "--reward-timeout-s", self.reward_timeout_s, "> 0 seconds")
         require(self.reward_memory_mb >= 64, "--reward-memory-mb", self.reward_memory_mb, ">= 64 MiB")
@@ -240,8 +248,8 @@ class DataSettings:
 class RunSettings:
     """The run itself: what it starts from, how long it goes, where its results lie."""
 
-    hf_checkpoint: str = setting("", "directory of the Hugging Face model to start from (supplies the architecture)")
-    output_dir: str = setting("runs/fipo", "the run's directory: metrics.jsonl, samples, curves.png, engine logs")
+    hf_checkpoint: str = setting("", "directory of the Hugging Face model; gives the architecture")
+    output_dir: str = setting("runs/fipo", "metrics.jsonl, samples, curves.png, engine logs")
     train_iters: int = setting(100, "steps (rollout batches) to train for")
     seed: int = setting(1234, "seed of data order, sampling and initialisation")
     save: str | None = setting(None, "directory to write checkpoints to")
@@ -250,7 +258,7 @@ class RunSettings:
     eval_interval: int | None = setting(None, "steps between evaluations (default: before and after only)")
     tensorboard_dir: str | None = setting(None, "TensorBoard logs (default: tensorboard/ in --output-dir)")
     export_hf: str | None = setting(None, "directory to export the final model to, as Hugging Face safetensors")
-    distributed_timeout_minutes: int = setting(10, "minutes a collective may wait before the run is given up")
+    distributed_timeout_minutes: int = setting(10, "minutes a collective may wait")
 
     def __post_init__(self) -> None:
         require(
@@ -286,10 +294,10 @@ class EngineSettings:
         None, "engines to start (default: one per --rollout-num-gpus-per-engine ranks)", flag="--rollout-num-engines"
     )
     tp_size: int = setting(1, "tensor-parallel ranks of one engine", flag="--rollout-num-gpus-per-engine")
-    weight_bucket_mb: int = setting(256, "MiB of one flat bucket of weights on its way to the engines")
+    weight_bucket_mb: int = setting(256, "MiB of weights sent to the engines at once")
     start_timeout_s: float = setting(600.0, "seconds an engine may take to start", flag="--rollout-start-timeout-s")
     request_timeout_s: float = setting(
-        1800.0, "seconds one generation batch may take before the run stops", flag="--rollout-request-timeout-s"
+        1800.0, "seconds one generation batch may take", flag="--rollout-request-timeout-s"
     )
     server_args: Mapping[str, Any] = field(default_factory=dict)  # from --sglang-*
 
@@ -299,3 +307,93 @@ class EngineSettings:
         require(self.weight_bucket_mb >= 1, "--weight-bucket-mb", self.weight_bucket_mb, ">= 1 MiB")
         require(self.start_timeout_s > 0, "--rollout-start-timeout-s", self.start_timeout_s, "> 0 seconds")
         require(self.request_timeout_s > 0, "--rollout-request-timeout-s", self.request_timeout_s, "> 0 seconds")
+
+
+@dataclass(frozen=True)
+class MegatronSettings:
+    """What the trainer tells Megatron, as plain values.
+
+    The mappings hold only what was given explicitly, under megatron-core's field names, enums and dtypes by their names
+    ("flash", "bf16"): `transformer` for TransformerConfig, `optimizer` for OptimizerConfig, `ddp` for
+    DistributedDataParallelConfig. `model` holds what Megatron-LM keeps outside of them: the checkpoint supplies it, so
+    it is only compared. A field of this class never appears in a mapping.
+    """
+
+    tensor_model_parallel_size: int = setting(1, "tensor-parallel ranks")
+    pipeline_model_parallel_size: int = setting(1, "pipeline stages")
+    context_parallel_size: int = setting(1, "context-parallel ranks")
+    sequence_parallel: bool = setting(False, "shard activations between the tensor-parallel parts along the sequence")
+    bf16: bool = setting(False, "compute in bf16 on fp32 master weights (default: fp32 throughout)")
+    transformer_impl: Literal["local", "transformer_engine"] | None = setting(
+        None, "the trainer's layers, by default transformer_engine on CUDA and else local"
+    )
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where the trainer runs; auto: CUDA when there is any")
+    lr: float = setting(1e-6, "learning rate after the warm-up")
+    lr_decay_style: Literal["constant"] = setting("constant", "the schedule after the warm-up")
+    lr_warmup_iters: int = setting(10, "updates of linear warm-up")
+    weight_decay: float = setting(0.1, "decoupled weight decay; norms and biases are not decayed")
+    clip_grad: float = setting(1.0, "largest gradient norm; 0 switches clipping off")
+    adam_beta1: float = setting(0.9, "Adam's decay of the mean of gradients")
+    adam_beta2: float = setting(0.999, "Adam's decay of the mean of squares")
+    adam_eps: float = setting(1e-8, "Adam's epsilon")
+    model: Mapping[str, Any] = field(default_factory=dict)
+    transformer: Mapping[str, Any] = field(default_factory=dict)
+    optimizer: Mapping[str, Any] = field(default_factory=dict)
+    ddp: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def optimizer_fields(self) -> dict[str, Any]:
+        """OptimizerConfig's fields as this run wants them: our defaults, then what was given explicitly."""
+        names = ("lr", "weight_decay", "clip_grad", "adam_beta1", "adam_beta2", "adam_eps")
+        return {name: getattr(self, name) for name in names} | dict(self.optimizer)
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
+            require(getattr(self, name) >= 1, "--" + name.replace("_", "-"), getattr(self, name), ">= 1")
+        require(
+            not self.sequence_parallel or self.tensor_model_parallel_size > 1,
+            "--sequence-parallel",
+            True,
+            f"used with --tensor-model-parallel-size ({self.tensor_model_parallel_size}) > 1",
+        )
+        require(0 <= self.lr < 1, "--lr", self.lr, "in [0, 1)")
+        min_lr = self.optimizer.get("min_lr", 0.0)
+        require(0 <= min_lr <= self.lr, "--min-lr", min_lr, f"between 0 and --lr ({self.lr})")
+        require(self.lr_warmup_iters >= 0, "--lr-warmup-iters", self.lr_warmup_iters, ">= 0 updates")
+        require(0 <= self.weight_decay < 1, "--weight-decay", self.weight_decay, "in [0, 1)")
+        require(self.clip_grad >= 0, "--clip-grad", self.clip_grad, ">= 0")
+        require(0 <= self.adam_beta1 < 1, "--adam-beta1", self.adam_beta1, "in [0, 1)")
+        require(0 <= self.adam_beta2 < 1, "--adam-beta2", self.adam_beta2, "in [0, 1)")
+        require(0 < self.adam_eps < 1, "--adam-eps", self.adam_eps, "in (0, 1)")
+        require(
+            not (self.transformer_impl == "transformer_engine" and self.device == "cpu"),
+            "--transformer-impl",
+            self.transformer_impl,
+            "local when --device is cpu: Transformer Engine needs CUDA",
+        )
+        require(
+            self.transformer_impl != "local" or not (self.transformer.get("fp8") or self.transformer.get("fp4")),
+            "--transformer-impl",
+            self.transformer_impl,
+            "transformer_engine with --fp8-format or --fp4-format",
+        )
+        for name in ("hidden_dropout", "attention_dropout"):
+            require(
+                self.transformer.get(name, 0) == 0,
+                "--" + name.replace("_", "-"),
+                self.transformer.get(name),
+                "0: with dropout the log-probs of the policy and of its old self differ before any update",
+            )
+        require(
+            self.optimizer.get("optimizer", "adam") == "adam", "--optimizer", self.optimizer.get("optimizer"), "adam"
+        )
+        self._check_recompute()
+
+    def _check_recompute(self) -> None:
+        granularity = self.transformer.get("recompute_granularity")
+        for name in ("recompute_method", "recompute_num_layers"):
+            flag, value = "--" + name.replace("_", "-"), self.transformer.get(name)
+            if granularity == "full":
+                require(value is not None, flag, value, "given with --recompute-granularity full")
+            else:
+                require(value is None, flag, value, f"unset unless --recompute-granularity ({granularity}) is full")

@@ -1,0 +1,272 @@
+"""The command line becomes Settings, once: nothing else sees a flag.
+
+Megatron's and SGLang's flags come from tables, so nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+from megatron_fipo.config import (
+    LOSS_SETTINGS,
+    Algorithm,
+    BatchSettings,
+    DataSettings,
+    EngineSettings,
+    FIPOSettings,
+    MegatronSettings,
+    PPOSettings,
+    RolloutSettings,
+    RunSettings,
+    require,
+)
+from megatron_fipo.flags.command_line import Given, read_arguments
+from megatron_fipo.flags.presets import PRESETS
+from megatron_fipo.flags.render import help_text, megatron_help_text, sglang_help_text
+from megatron_fipo.flags.table import DEFAULT_ALGORITHM, all_options
+
+S = TypeVar("S")
+
+_PREFIX_OF_MAPPINGS = {
+    "megatron": ("model", "transformer", "optimizer", "ddp"),
+    "engine": ("server_args",),
+}
+"""Settings that are mappings of another program's names: section -> fields."""
+
+_ONLY_WITH = (
+    ("data.input_key", "data.prompt_data", "--prompt-data"),
+    ("data.label_key", "data.prompt_data", "--prompt-data"),
+    ("data.rollout_shuffle", "data.prompt_data", "--prompt-data"),
+    ("data.num_eval_problems", "data.task", "--task"),
+)
+"""Settings whose flag says nothing without another one: setting, what it needs, that one's flag."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a run is told, checked as a whole.
+
+    In `rollout`, what depends on the algorithm is resolved: `dynamic_sampling` and `overlong_penalty` are bools and
+    `over_sampling_batch_size` is a number. `provenance` says of every setting ("loss.half_life") whether it is a
+    "default", from a "preset" or from a "flag". `notes` are sentences for the user about flags without effect.
+    """
+
+    algorithm: Algorithm
+    loss: PPOSettings  # FIPOSettings for fipo
+    batch: BatchSettings
+    rollout: RolloutSettings
+    data: DataSettings
+    run: RunSettings
+    engine: EngineSettings
+    megatron: MegatronSettings
+    provenance: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert self.rollout.dynamic_sampling is not None
+        assert self.rollout.overlong_penalty is not None
+        assert self.rollout.over_sampling_batch_size is not None
+        assert (self.algorithm == "fipo") == isinstance(self.loss, FIPOSettings)
+        require(
+            self.algorithm != "fipo" or self.batch.num_updates_per_rollout >= 2,
+            "--num-updates-per-rollout",
+            self.batch.num_updates_per_rollout,
+            ">= 2 with --algorithm fipo: in the first update after a rollout the policy is still the old one, every "
+            "influence weight is 1, and FIPO would be switched off (the paper makes 8)",
+        )
+        require(
+            not self.rollout.overlong_penalty
+            or self.rollout.overlong_buffer_len <= self.rollout.rollout_max_response_len,
+            "--overlong-buffer-len",
+            self.rollout.overlong_buffer_len,
+            f"<= --rollout-max-response-len ({self.rollout.rollout_max_response_len}), or give --no-overlong-penalty",
+        )
+        longest = self.rollout.rollout_max_prompt_len + self.rollout.rollout_max_response_len
+        require(
+            self.batch.max_tokens_per_micro_batch * self.megatron.context_parallel_size >= longest,
+            "--max-tokens-per-micro-batch",
+            self.batch.max_tokens_per_micro_batch,
+            f">= --rollout-max-prompt-len + --rollout-max-response-len ({longest}), divided by --context-parallel-size "
+            f"({self.megatron.context_parallel_size})",
+        )
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
+    """The settings that a command line asks for (default: this process's own arguments).
+
+    Raises ValueError with one line for the user: the flag, the value found, the value wanted. `--help`,
+    `--help-megatron`, `--help-sglang` and `--print-config` print, on the first rank only, and raise SystemExit(0).
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    options = all_options()
+    texts = {
+        "-h": help_text,
+        "--help": help_text,
+        "--help-megatron": megatron_help_text,
+        "--help-sglang": sglang_help_text,
+    }
+    for word in words:
+        if word in texts:
+            _print_and_stop(texts[word](options))
+    given, notes = read_arguments(words, options)
+    settings = settings_from(given, notes)
+    if "command.print_config" in given:
+        _print_and_stop(config_text(settings))
+    return settings
+
+
+def settings_from(given: Mapping[str, Given], notes: Sequence[str] = ()) -> Settings:
+    """Defaults, then the preset, then what was given; checked and resolved. Raises ValueError like parse_arguments."""
+    preset = PRESETS[given["preset"].value] if "preset" in given else {}
+    explicit = {setting: entry.value for entry in given.values() for setting in entry.option.settings}
+    values: dict[str, Any] = {**preset, **explicit}
+    algorithm = values.get("algorithm", DEFAULT_ALGORITHM)
+    _check_algorithm(algorithm, preset, given)
+
+    batch = _section(BatchSettings, "batch", values)
+    rollout = _section(RolloutSettings, "rollout", values)
+    _check_given(given, values, algorithm, batch, rollout)
+    if not _default_on(rollout.dynamic_sampling, algorithm):
+        values.pop("rollout.over_sampling_batch_size", None)  # a preset's, which then says nothing
+    loss_fields = {field.name for field in dataclasses.fields(LOSS_SETTINGS[algorithm])}
+    loss_values = {name: values[f"loss.{name}"] for name in loss_fields if f"loss.{name}" in values}
+    sections: dict[str, Any] = {
+        "loss": dataclasses.replace(LOSS_SETTINGS[algorithm], **loss_values),
+        "batch": batch,
+        "rollout": _resolved(rollout, batch, algorithm),
+        "run": _section(RunSettings, "run", values),
+        "data": _section(DataSettings, "data", values),
+        "engine": _section(EngineSettings, "engine", values),
+        "megatron": _section(MegatronSettings, "megatron", values),
+    }
+    origin = {setting: "flag" if setting in explicit else "preset" for setting in values}
+    provenance = {setting: origin.get(setting, "default") for setting, _ in _flat(algorithm, sections)}
+    return Settings(algorithm=cast(Algorithm, algorithm), **sections, provenance=provenance, notes=tuple(notes))
+
+
+def config_text(settings: Settings) -> str:
+    """Every setting, its value and where that came from, one per line."""
+    sections = {name: getattr(settings, name) for name in _SECTIONS}
+    rows = [(setting, _shown(value)) for setting, value in _flat(settings.algorithm, sections)]
+    name_width = max(len(setting) for setting, _ in rows)
+    value_width = max(len(value) for _, value in rows)
+    lines = [f"{name:{name_width}}  {value:{value_width}}  {settings.provenance[name]}" for name, value in rows]
+    return "\n".join([*lines, *(f"note: {note}" for note in settings.notes)])
+
+
+_SECTIONS = ("run", "megatron", "batch", "loss", "rollout", "data", "engine")
+
+
+def _section(settings_class: type[S], section: str, values: Mapping[str, Any]) -> S:
+    """One settings class from the values that belong to it, mappings included."""
+    arguments: dict[str, Any] = {name: {} for name in _PREFIX_OF_MAPPINGS.get(section, ())}
+    for setting, value in values.items():
+        first, _, rest = setting.partition(".")
+        if first != section:
+            continue
+        name, _, key = rest.partition(".")
+        if key:
+            arguments[name][key] = value
+        else:
+            arguments[name] = value
+    return settings_class(**arguments)
+
+
+def _resolved(rollout: RolloutSettings, batch: BatchSettings, algorithm: str) -> RolloutSettings:
+    """The rollout's settings with the algorithm's own defaults filled in."""
+    dynamic = _default_on(rollout.dynamic_sampling, algorithm)
+    return dataclasses.replace(
+        rollout,
+        dynamic_sampling=dynamic,
+        overlong_penalty=_default_on(rollout.overlong_penalty, algorithm),
+        over_sampling_batch_size=(rollout.over_sampling_batch_size if dynamic else None) or batch.rollout_batch_size,
+    )
+
+
+def _default_on(value: bool | None, algorithm: str) -> bool:
+    """What is on for DAPO and FIPO and off for GRPO, unless it is said."""
+    return algorithm != "grpo" if value is None else value
+
+
+def _check_algorithm(algorithm: str, preset: Mapping[str, Any], given: Mapping[str, Given]) -> None:
+    """FIPO's flags need FIPO, and a preset its own algorithm."""
+    if preset and preset["algorithm"] != algorithm:
+        raise ValueError(
+            f"--algorithm is {algorithm!r}, but --preset {given['preset'].value} is made for {preset['algorithm']}"
+        )
+    known = {f"loss.{field.name}" for field in dataclasses.fields(LOSS_SETTINGS[algorithm])}
+    for setting, entry in given.items():
+        if setting.startswith("loss.") and setting not in known:
+            raise ValueError(f"{entry.flag} is given, but --algorithm is {algorithm!r}: it belongs to fipo")
+
+
+def _check_given(
+    given: Mapping[str, Given],
+    values: Mapping[str, Any],
+    algorithm: str,
+    batch: BatchSettings,
+    rollout: RolloutSettings,
+) -> None:
+    """What was said must agree with the rest of it, and must have an effect."""
+    if "check.global_batch_size" in given:
+        prompts = f"--rollout-batch-size ({batch.rollout_batch_size})"
+        samples = f"x --n-samples-per-prompt ({batch.n_samples_per_prompt})"
+        updates = f"/ --num-updates-per-rollout ({batch.num_updates_per_rollout})"
+        require(
+            given["check.global_batch_size"].value == batch.global_batch_size,
+            "--global-batch-size",
+            given["check.global_batch_size"].value,
+            f"{batch.global_batch_size} = {prompts} {samples} {updates}",
+        )
+    if "check.seq_length" in given:
+        longest = rollout.rollout_max_prompt_len + rollout.rollout_max_response_len
+        require(
+            given["check.seq_length"].value >= longest,
+            "--seq-length",
+            given["check.seq_length"].value,
+            f">= --rollout-max-prompt-len ({rollout.rollout_max_prompt_len}) + --rollout-max-response-len "
+            f"({rollout.rollout_max_response_len}) = {longest}",
+        )
+    for setting, switch, flag in (
+        ("rollout.over_sampling_batch_size", rollout.dynamic_sampling, "--dynamic-sampling"),
+        ("rollout.max_generation_batches", rollout.dynamic_sampling, "--dynamic-sampling"),
+        ("rollout.overlong_buffer_len", rollout.overlong_penalty, "--overlong-penalty"),
+        ("rollout.overlong_penalty_factor", rollout.overlong_penalty, "--overlong-penalty"),
+    ):
+        if setting in given and not _default_on(switch, algorithm):
+            why = "--no-" + flag.removeprefix("--") if switch is False else f"--algorithm {algorithm} without {flag}"
+            raise ValueError(f"{given[setting].flag} is given, but has no effect with {why}")
+    for setting, needed, flag in _ONLY_WITH:
+        if setting in given and values.get(needed) is None:
+            raise ValueError(f"{given[setting].flag} is given, but has no effect without {flag}")
+
+
+def _flat(algorithm: str, sections: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Every setting with its value, as dotted paths; entries of the mappings one by one."""
+    rows: list[tuple[str, Any]] = [("algorithm", algorithm)]
+    for section in _SECTIONS:
+        for field in dataclasses.fields(sections[section]):
+            value = getattr(sections[section], field.name)
+            if field.name in _PREFIX_OF_MAPPINGS.get(section, ()):
+                rows += [(f"{section}.{field.name}.{key}", entry) for key, entry in sorted(value.items())]
+            else:
+                rows.append((f"{section}.{field.name}", value))
+    return rows
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _print_and_stop(text: str) -> None:
+    """Print on the first rank of torchrun or Slurm, or when there is but one process; then stop."""
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        print(text)
+    raise SystemExit(0)
