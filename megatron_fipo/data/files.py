@@ -15,7 +15,7 @@ from megatron_fipo.types import Problem
 PARQUET_BATCH_ROWS = 1024
 
 
-def file_source(name: str, problems: list[Problem], seed: int, *, shuffle: bool) -> SeededSource:
+def file_source(path: str, problems: list[Problem], seed: int, *, shuffle: bool) -> SeededSource:
     """The file's problems again and again; with `shuffle` every epoch has an order of its own, from (seed, epoch)."""
 
     @functools.lru_cache(maxsize=1)
@@ -33,7 +33,9 @@ def file_source(name: str, problems: list[Problem], seed: int, *, shuffle: bool)
 
     content = stable_hash(*((problem.uid, problem.prompt, problem.ground_truth) for problem in problems))
     how = f"shuffled by seed {seed}" if shuffle else "in order"
-    return SeededSource(f"file {name} of {len(problems)} problems (content {content:08x}), {how}", problem_at)
+    return SeededSource(
+        f"file {Path(path).name} of {len(problems)} problems (content {content:08x}), {how}", problem_at
+    )
 
 
 def read_problems(flag: str, path: str, input_key: str, label_key: str) -> list[Problem]:

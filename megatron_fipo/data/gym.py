@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -49,7 +50,7 @@ def reasoning_gym_task(
         problem = _problem(task, task_args, dataset_seed, dataset, k % BLOCK_SIZE)
         return None if question_key(problem) in held_out_keys else problem
 
-    arguments = dict(sorted(task_args.items()))
+    arguments = json.dumps(dict(task_args), sort_keys=True)
     description = f"task {task} {arguments}, seed {seed}, {num_eval_problems} held out"
     return SeededSource(description, problem_at), held_out
 

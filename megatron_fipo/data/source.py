@@ -61,8 +61,8 @@ class SeededSource:
             raise ValueError(f"the saved data position is {state!r}, but must hold exactly 'source' and 'position'")
         if state["source"] != self.description:
             raise ValueError(
-                f"the saved data position belongs to {state['source']!r}, but this run reads {self.description!r}: "
-                "resume with the same data flags and --seed"
+                f"the saved data position belongs to: {state['source']}; but this run reads: {self.description}. "
+                "Resume with the same data flags and --seed"
             )
         position = state["position"]
         if not isinstance(position, int) or isinstance(position, bool) or position < 0:

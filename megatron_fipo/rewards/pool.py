@@ -114,6 +114,7 @@ class GraderPool:
         self._next_id += len(jobs)
         verdicts: dict[int, RewardResult | GraderError] = {}
         try:
+            self._replace_the_dead()
             while len(verdicts) < len(responses):
                 for worker in self._workers:
                     self._hand_out(worker, jobs)
@@ -128,6 +129,7 @@ class GraderPool:
                             verdicts[worker.in_flight.popleft().id] = failure
                         jobs.extendleft(reversed(worker.in_flight))
                         self._workers[i] = self._replacement(worker)
+                        break  # starting it took time in which nobody read what the others wrote
         except BaseException:
             self.close()  # whoever catches this must not read the rest of these answers as the next ones
             raise
@@ -207,6 +209,13 @@ class GraderPool:
         deadline = min(worker.last_progress_s for worker in busy) + self.timeout_s
         _transfer(busy, max(0.0, deadline - time.monotonic()))
 
+    def _replace_the_dead(self) -> None:
+        """Replace workers that something outside ended while they were idle, before an answer is blamed for it."""
+        _transfer(self._workers, 0.0)
+        for i, worker in enumerate(self._workers):
+            if worker.failure is not None:
+                self._workers[i] = self._replacement(worker)
+
     def _replacement(self, worker: _Worker) -> _Worker:
         _end(worker)
         self.num_replaced += 1
@@ -249,7 +258,9 @@ class _Worker:
         except BlockingIOError:
             return
         if not data:
-            self.failure = GraderError("crash", f"the grader process {_how_it_ended(self.process.pid)}")
+            end = _how_it_ended(self.process.pid)
+            # SIGALRM is the worker's own clock, which strikes only when this process was too late to.
+            self.failure = GraderError("timeout" if "SIGALRM" in end else "crash", f"the grader process {end}")
             return
         self.incoming += data
         *lines, rest = self.incoming.split(b"\n")

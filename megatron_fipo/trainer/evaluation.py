@@ -52,6 +52,7 @@ def evaluate(
     generate: Generate,
     tokenizer: Tokenizer,
     grader: Grader,
+    *,
     sampling: SamplingSettings,
     n_samples: int,
     seed: int,
@@ -63,7 +64,9 @@ def evaluate(
     """
     if not prompts:
         raise ValueError("there is nothing to evaluate on: give --eval-prompt-data, or a --task")
-    completions = generate_groups(prompts, generate, sampling, n_samples, seed, EVALUATION_STEP)
+    completions = generate_groups(
+        prompts, generate, sampling=sampling, num_samples=n_samples, seed=seed, step=EVALUATION_STEP
+    )
     groups = grade_groups(prompts, completions, tokenizer, grader)
     samples = [sample for group in groups for sample in group.samples]
     accuracies = np.array([[sample.result.accuracy for sample in group.samples] for group in groups])

@@ -103,12 +103,11 @@ def _sample_to_dict(sample: Sample) -> dict[str, Any]:
 
 
 def _sample_from_dict(data: Mapping[str, Any]) -> Sample:
-    arrays = {
-        "response_ids": np.array(data["response_ids"], dtype=np.int64),
-        "rollout_logprobs": np.array(data["rollout_logprobs"], dtype=np.float32),
-    }
-    if arrays["response_ids"].shape != arrays["rollout_logprobs"].shape:
+    response_ids = np.array(data["response_ids"], dtype=np.int64)
+    rollout_logprobs = np.array(data["rollout_logprobs"], dtype=np.float32)
+    if response_ids.ndim != 1 or response_ids.shape != rollout_logprobs.shape:
         raise ValueError(f"sample {data['uid']!r} has unequal numbers of tokens and log-probs")
+    arrays = {"response_ids": response_ids, "rollout_logprobs": rollout_logprobs}
     return Sample(**{**data, **arrays, "result": RewardResult(**data["result"])})
 
 

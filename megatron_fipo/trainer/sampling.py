@@ -63,7 +63,7 @@ def collector_settings(
 ) -> CollectorSettings:
     """The settings of a run's collector. Dynamic sampling and the overlong penalty are on for DAPO and FIPO unless set.
 
-    Raises ValueError for an overlong buffer that exceeds the response, and for a generation batch without prompts.
+    Raises ValueError for an overlong buffer that exceeds the longest response.
     """
     is_dapo_like = algorithm in ("dapo", "fipo")
     penalises = is_dapo_like if rollout.overlong_penalty is None else rollout.overlong_penalty
@@ -73,18 +73,11 @@ def collector_settings(
         rollout.overlong_buffer_len,
         f"at most --rollout-max-response-len ({rollout.rollout_max_response_len}), or --overlong-penalty off",
     )
-    generation_batch_size = rollout.over_sampling_batch_size
-    require(
-        generation_batch_size is None or generation_batch_size >= 1,
-        "--over-sampling-batch-size",
-        generation_batch_size,
-        ">= 1",
-    )
     return CollectorSettings(
         seed=seed,
         rollout_batch_size=batch.rollout_batch_size,
         n_samples_per_prompt=batch.n_samples_per_prompt,
-        generation_batch_size=generation_batch_size or batch.rollout_batch_size,
+        generation_batch_size=rollout.over_sampling_batch_size or batch.rollout_batch_size,
         max_generation_batches=rollout.max_generation_batches,
         dynamic_sampling=is_dapo_like if rollout.dynamic_sampling is None else rollout.dynamic_sampling,
         apply_chat_template=data.apply_chat_template,
@@ -109,6 +102,7 @@ class BatchCollector:
         tokenizer: Tokenizer,
         grader: Grader,
         settings: CollectorSettings,
+        *,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.source = source
@@ -176,7 +170,12 @@ class BatchCollector:
         ]
         start = self.clock()
         completions = generate_groups(
-            prompts, self.generate, settings.sampling, settings.n_samples_per_prompt, settings.seed, step
+            prompts,
+            self.generate,
+            sampling=settings.sampling,
+            num_samples=settings.n_samples_per_prompt,
+            seed=settings.seed,
+            step=step,
         )
         generated = self.clock()
         groups = grade_groups(prompts, completions, self.tokenizer, self.grader)
@@ -209,7 +208,7 @@ def is_informative(group: Group) -> bool:
 
 
 def generate_groups(
-    prompts: Sequence[Prompt], generate: Generate, sampling: SamplingSettings, num_samples: int, seed: int, step: int
+    prompts: Sequence[Prompt], generate: Generate, *, sampling: SamplingSettings, num_samples: int, seed: int, step: int
 ) -> list[list[Completion]]:
     """`num_samples` completions of every prompt, [prompt][sample], however the engine orders its answers."""
     requests = [
@@ -301,6 +300,7 @@ def _train_sequence(prompt: Prompt, sample: Sample, advantage: float) -> TrainSe
         loss_mask=loss_mask,
         advantages=np.where(loss_mask, np.float32(advantage), np.float32(0.0)),
         rollout_logprobs=rollout_logprobs,
+        weight_version=sample.weight_version,
     )
 
 

@@ -1,0 +1,141 @@
+"""The built-in rewards: which answers are right."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_fipo.config import DataSettings
+from megatron_fipo.rewards import REWARDS, load_reward, reward_name
+from megatron_fipo.rewards.dapo import normalize_answer
+from megatron_fipo.types import RewardResult
+
+dapo_math, exact, small_arithmetic = (REWARDS[name] for name in ("dapo_math", "exact", "small_arithmetic"))
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "Answer: $42$",
+        "Answer: \\boxed{42}",
+        "Answer: 42 degrees",
+        "Answer:\n42",
+        "answer : 42",
+        "Answer: 41\nNo.\nAnswer: 42",
+        "Answer: x = 42",
+        "Answer: \\text{42}",
+        "Answer: \\textbf{42}",
+        "Answer: 42 \nand that is all",
+        "ANSWER: The total is $42$ apples",
+        "x" * 1000 + "Answer: 42",
+        "Answer: 42" + " " * 280,
+    ],
+)
+def test_dapo_math_accepts(response: str) -> None:
+    result = dapo_math(response, "42", finish_reason="stop")
+    assert (result.score, result.accuracy, result.answer) == (1.0, 1.0, "42")
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "**Answer:** 42",
+        "Answer: 42.",
+        "Answer: 42.0",
+        "Answer: 042",
+        "Answer: $$42$$",
+        "Answer: 42<|im_end|>",
+        "Answer: 42" + " " * 301,
+        "42",
+        "",
+        "Answer: 42\nAnswer: 43",
+        "Answer: 42 Answer: 42",
+    ],
+)
+def test_dapo_math_refuses(response: str) -> None:
+    result = dapo_math(response, "42", finish_reason="stop")
+    assert (result.score, result.accuracy) == (-1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "ground_truth"),
+    [
+        ("x = 5", "5"),
+        ("1,234", "1234"),
+        ("\\frac12", "\\frac{1}{2}"),
+        ("\\sqrt2", "\\sqrt{2}"),
+        ("a dog", "dog"),
+        ("\\mbox{3 cm}", "3"),
+        ("90^\\circ", "90"),
+        ("\\$5", "5"),
+        ("(1, 2)", "(1,2)"),
+        ("\\overline{AB}", "AB"),
+    ],
+)
+def test_dapo_math_normalises_both_sides(answer: str, ground_truth: str) -> None:
+    assert dapo_math(f"Answer: {answer}", ground_truth).accuracy == 1.0
+    assert dapo_math(f"Answer: {ground_truth}", answer).accuracy == 1.0
+
+
+def test_dapo_math_reports_no_answer_as_none_and_unlike_numbers_keep_their_commas() -> None:
+    assert dapo_math("no answer line", "1").answer is None
+    assert normalize_answer("1,2,x") == "1,2,x"
+    assert normalize_answer("12,345,678") == "12345678"
+
+
+@pytest.mark.parametrize("response", ["9", "9.", " 9 ", "9\n"])
+def test_small_arithmetic_accepts_the_number_alone(response: str) -> None:
+    assert small_arithmetic(response, "9", finish_reason="stop") == RewardResult(1.0, 1.0, "9")
+
+
+@pytest.mark.parametrize("response", ["9..", "09", "9.0", "+9", "9 apples", "= 9", "", ".", "99", "٩", "9 9", "-9"])
+def test_small_arithmetic_refuses_everything_else(response: str) -> None:
+    assert small_arithmetic(response, "9", finish_reason="stop").accuracy == 0.0
+
+
+def test_small_arithmetic_wants_the_turn_to_end_and_knows_negative_numbers() -> None:
+    assert small_arithmetic("9", "9", finish_reason="length").score == 0.0
+    assert small_arithmetic("-7.", "-7", finish_reason="stop").score == 1.0
+
+
+def test_exact_compares_stripped_text() -> None:
+    assert exact(" yes\n", "yes") == RewardResult(1.0, 1.0, "yes")
+    assert exact("Yes", "yes") == RewardResult(0.0, 0.0, "Yes")
+    assert exact("  ", "yes").answer is None
+
+
+def test_reasoning_gym_scores_with_the_data_sets_own_verifier() -> None:
+    reward = REWARDS["reasoning_gym"]
+    problem = {"task": "chain_sum", "parameters": {"seed": 5, "size": 10, "max_terms": 2}, "index": 3}
+    with pytest.raises(ValueError, match="not reproducible") as caught:
+        reward("1", "not the answer", **problem)
+    truth = str(caught.value).split("has the answer '")[1].split("'")[0]
+    assert reward(truth, truth, **problem) == RewardResult(1.0, 1.0, truth)
+    assert reward(f"I think <answer>1</answer> no <answer>{truth}.00</answer>", truth, **problem).accuracy == 1.0
+    partial = reward(f"it is {truth}", truth, **problem)
+    assert 0.0 < partial.score < 1.0
+    assert partial.accuracy == 0.0
+    assert reward("nonsense", truth, finish_reason="length", **problem).score == 0.0
+
+
+def test_load_reward_finds_names_and_functions_and_says_what_is_missing() -> None:
+    assert load_reward("exact") is exact
+    assert load_reward("megatron_fipo.rewards.rules:exact") is exact
+    with pytest.raises(ValueError, match="did you mean 'dapo_math'"):
+        load_reward("dapo_maths")
+    with pytest.raises(ValueError, match="'no_such_module', which is not importable"):
+        load_reward("no_such_module:f")
+    with pytest.raises(ValueError, match="has no function 'nope'"):
+        load_reward("megatron_fipo.rewards.rules:nope")
+
+
+def test_reward_name_follows_flag_then_task() -> None:
+    assert reward_name(DataSettings(task="small_arithmetic")) == "small_arithmetic"
+    assert reward_name(DataSettings(task="chain_sum")) == "reasoning_gym"
+    assert reward_name(DataSettings(task="chain_sum", rm_type="exact")) == "exact"
+    assert reward_name(DataSettings(prompt_data="x.jsonl", custom_rm_path="mine:f")) == "mine:f"
+    with pytest.raises(ValueError, match="--prompt-data needs a reward"):
+        reward_name(DataSettings(prompt_data="x.jsonl"))
+    with pytest.raises(ValueError, match=r"--rm-type is 'exakt'.*did you mean 'exact'"):
+        reward_name(DataSettings(task="chain_sum", rm_type="exakt"))
+    with pytest.raises(ValueError, match="module:function"):
+        reward_name(DataSettings(task="chain_sum", custom_rm_path="mine.py"))

@@ -1,0 +1,308 @@
+"""The grader pool: what one bad answer costs, what a reward can break, and that no process stays."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_fipo.rewards import GraderPool, grade
+from megatron_fipo.types import GraderError, RewardResult
+
+MIB = 1 << 20
+RIGHT = RewardResult(1.0, 1.0, "ok")
+
+CUSTOM = """
+import os, subprocess, sys, time
+from megatron_fipo.types import RewardResult
+
+def misbehave(response, ground_truth, **extra):
+    if response == "power":
+        9 ** 9 ** 9
+    if response == "loop":
+        while True:
+            pass
+    if response == "huge":
+        bytearray(1 << 40)
+    if response == "grow":
+        blocks = [bytearray(1 << 20) for _ in range(10_000)]
+    if response == "exit":
+        os._exit(3)
+    if response == "sys.exit":
+        sys.exit("bye")
+    if response == "raise":
+        raise KeyError("no such key")
+    if response == "long message":
+        raise ValueError("m" * 1_000_000)
+    if response == "unprintable":
+        class Odd(Exception):
+            def __str__(self):
+                raise RuntimeError("no text")
+        raise Odd
+    if response == "wrong type":
+        return 1.0
+    if response == "nan":
+        return RewardResult(float("nan"), 0.0, None)
+    if response == "accuracy 2":
+        return RewardResult(1.0, 2.0, None)
+    if response == "print":
+        print("x" * 100_000, flush=True)
+        print("x" * 100_000, file=sys.stderr, flush=True)
+        os.write(1, b'{"id": 0, "score": 5.0, "accuracy": 1.0, "answer": null}' + bytes([10]))
+    if response == "stdin":
+        assert sys.stdin.read() == ""
+    if response == "long answer":
+        return RewardResult(0.5, 0.0, "a" * 1_000_000)
+    if response == "modules":
+        heavy = ("torch", "transformers", "reasoning_gym")
+        return RewardResult(1.0, 1.0, " ".join(name for name in heavy if name in sys.modules))
+    if response == "child":
+        child = subprocess.Popen(["sleep", "600"])
+        with open(ground_truth, "w") as file:
+            file.write(str(child.pid))
+        time.sleep(600)
+    if response == "sleep":
+        time.sleep(0.05)
+    if response == "echo":
+        return RewardResult(float(len(ground_truth)), 1.0, ground_truth[:10])
+    return RewardResult(1.0, 1.0, "ok")
+"""
+
+
+@pytest.fixture
+def custom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Writes a module with a reward where it can be imported; gives `module:function`."""
+
+    def write(source: str, name: str = "my_reward") -> str:
+        (tmp_path / f"{name}.py").write_text(source)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        return f"{name}:misbehave"
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GraderPool]:
+    """One pool for all tests that end no more than single workers."""
+    directory = tmp_path_factory.mktemp("reward")
+    (directory / "misbehaving_reward.py").write_text(CUSTOM)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(directory))
+        name = "misbehaving_reward:misbehave"
+        with GraderPool(name, timeout_s=1.0, memory_bytes=256 * MIB, num_workers=2) as pool:
+            yield pool
+
+
+def grade_all(pool: GraderPool, *responses: str) -> list[RewardResult | GraderError]:
+    return pool.grade(responses, ["x"] * len(responses))
+
+
+@pytest.mark.parametrize(
+    ("response", "kind", "message"),
+    [
+        ("power", "timeout", "no verdict after 1 s"),
+        ("huge", "memory", "MemoryError"),
+        ("exit", "crash", "ended with exit code 3"),
+        ("sys.exit", "exception", "SystemExit: bye"),
+        ("raise", "exception", "KeyError: 'no such key'"),
+        ("unprintable", "exception", "Odd"),
+        ("wrong type", "exception", "returned float, wanted RewardResult"),
+        ("nan", "exception", "score nan"),
+        ("accuracy 2", "exception", "accuracy 2.0"),
+    ],
+)
+def test_a_bad_answer_costs_its_own_verdict_only(pool: GraderPool, response: str, kind: str, message: str) -> None:
+    num_replaced = pool.num_replaced
+    verdicts = grade_all(pool, *["good"] * 30, response, *["good"] * 30)
+    found = verdicts.pop(30)
+    assert isinstance(found, GraderError)
+    assert found.kind == kind
+    assert message in found.message
+    assert verdicts == [RIGHT] * 60
+    assert pool.num_replaced - num_replaced == (kind in ("timeout", "memory", "crash"))
+    assert grade_all(pool, "good") == [RIGHT]
+
+
+def test_many_hanging_answers_are_each_a_timeout_and_the_pool_goes_on(pool: GraderPool) -> None:
+    verdicts = grade_all(pool, "loop", "good", "loop", "good", "exit", "good")
+    assert [v.kind if isinstance(v, GraderError) else "right" for v in verdicts] == [
+        "timeout",
+        "right",
+        "timeout",
+        "right",
+        "crash",
+        "right",
+    ]
+    assert len(pool.pids) == 2
+
+
+def test_time_is_counted_per_answer_not_per_batch(pool: GraderPool) -> None:
+    assert grade_all(pool, *["sleep"] * 60) == [RIGHT] * 60  # 1.5 s per worker at a limit of 1 s
+
+
+def test_what_a_reward_prints_or_reads_does_not_reach_the_protocol(pool: GraderPool) -> None:
+    num_replaced = pool.num_replaced
+    assert grade_all(pool, "print", "stdin", "good") == [RIGHT] * 3
+    assert pool.num_replaced == num_replaced
+
+
+def test_a_failed_call_leaves_no_reply_for_the_next(
+    custom: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with GraderPool(custom(CUSTOM), timeout_s=5.0, memory_bytes=256 * MIB, num_workers=1) as pool:
+        pids = pool.pids
+        monkeypatch.setattr(pool, "_wait", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            grade_all(pool, "good")
+        assert not any(is_running(pid) for pid in pids)
+        with pytest.raises(AssertionError, match="closed"):
+            grade_all(pool, "good")
+
+
+def test_answers_and_messages_come_back_cut_to_size(pool: GraderPool) -> None:
+    answer, message = grade_all(pool, "long answer", "long message")
+    assert isinstance(answer, RewardResult)
+    assert answer.answer == "a" * 1_000
+    assert isinstance(message, GraderError)
+    assert len(message.message) == 2_000
+
+
+def test_any_text_arrives_unharmed(pool: GraderPool) -> None:
+    texts = ["a" * MIB, "\x00\n\r", "\ud800 alone", "\U0001f600\u2028", '{"id": 0}\n{"id": 1}', ""]
+    verdicts = pool.grade(["echo"] * len(texts), texts)
+    assert verdicts == [RewardResult(float(len(text)), 1.0, text[:10]) for text in texts]
+
+
+def test_workers_stay_light(pool: GraderPool) -> None:
+    assert grade_all(pool, "modules") == [RewardResult(1.0, 1.0, "")]
+
+
+def test_results_keep_their_order_over_many_uneven_answers() -> None:
+    responses = [str(i) if i % 3 else "x" * (i * 40) for i in range(1500)]
+    with GraderPool("exact", timeout_s=5.0, memory_bytes=256 * MIB, num_workers=2) as pool:
+        verdicts = pool.grade(responses, [str(i) for i in range(1500)])
+        assert [isinstance(v, RewardResult) and v.accuracy for v in verdicts] == [float(i % 3 > 0) for i in range(1500)]
+        pids = pool.pids
+        assert pool.grade([], []) == []
+        assert pool.grade(["7"], ["7"]) == [RewardResult(1.0, 1.0, "7")]
+        assert pool.pids == pids
+
+
+def test_extras_reach_the_reward() -> None:
+    extras = [{"finish_reason": "stop"}, {"finish_reason": "length"}]
+    verdicts = grade("small_arithmetic", ["9", "9"], ["9", "9"], timeout_s=5, memory_bytes=256 * MIB, extras=extras)
+    assert [v.accuracy for v in verdicts if isinstance(v, RewardResult)] == [1.0, 0.0]
+
+
+def test_reasoning_gym_fits_a_small_memory_limit_because_imports_are_not_counted() -> None:
+    extra = {"task": "chain_sum", "parameters": {"seed": 1, "size": 10}, "index": 0}
+    (verdict,) = grade("reasoning_gym", ["x"], ["x"], timeout_s=5, memory_bytes=64 * MIB, extras=[extra], num_workers=1)
+    assert isinstance(verdict, GraderError)
+    assert "not reproducible" in verdict.message
+
+
+def test_memory_is_limited_above_what_a_worker_starts_with(custom: Callable[[str], str]) -> None:
+    name = custom(CUSTOM)
+    (verdict,) = grade(name, ["grow"], ["x"], timeout_s=60, memory_bytes=64 * MIB, num_workers=1)
+    assert isinstance(verdict, GraderError)
+    assert (verdict.kind, verdict.message) == ("memory", "MemoryError")
+
+
+def test_wrong_arguments_are_named(pool: GraderPool) -> None:
+    with pytest.raises(ValueError, match="2 responses with 1 ground truths"):
+        pool.grade(["a", "b"], ["a"])
+    with pytest.raises(ValueError, match="extra of answer 0 is not made of JSON types"):
+        pool.grade(["a"], ["a"], [{"when": object()}])
+    assert grade_all(pool, "good") == [RIGHT]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("def misbehave(", "SyntaxError"),
+        ("import no_such_thing", "No module named 'no_such_thing'"),
+        ("raise SystemExit(2)", "SystemExit: 2"),
+        ("misbehave = 3", "has no function 'misbehave'"),
+    ],
+)
+def test_a_reward_that_cannot_be_loaded_is_a_clear_error(
+    custom: Callable[[str], str], source: str, message: str
+) -> None:
+    before = psutil.Process().children()
+    with pytest.raises(ValueError, match="cannot be loaded") as caught:
+        GraderPool(custom(source), timeout_s=1.0, memory_bytes=256 * MIB, num_workers=2)
+    assert message in str(caught.value)
+    assert psutil.Process().children() == before
+
+
+def test_closing_ends_every_worker_and_what_it_started(custom: Callable[[str], str], tmp_path: Path) -> None:
+    with GraderPool(custom(CUSTOM), timeout_s=0.5, memory_bytes=256 * MIB, num_workers=2) as pool:
+        pids = pool.pids
+        (verdict,) = pool.grade(["child"], [str(tmp_path / "pid")])
+        assert isinstance(verdict, GraderError)
+        assert verdict.kind == "timeout"
+        pids += pool.pids
+    grandchild = int((tmp_path / "pid").read_text())
+    assert not any(is_running(pid) for pid in (*pids, grandchild))
+    pool.close()
+
+
+def test_a_worker_killed_from_outside_is_replaced_at_no_answers_cost(pool: GraderPool) -> None:
+    num_replaced = pool.num_replaced
+    killed = psutil.Process(pool.pids[0])
+    killed.send_signal(signal.SIGKILL)
+    wait_until(lambda: killed.status() == psutil.STATUS_ZOMBIE)
+    assert grade_all(pool, "good", "good", "good") == [RIGHT] * 3
+    assert pool.num_replaced == num_replaced + 1
+
+
+def test_idle_and_hung_workers_end_when_their_parent_is_killed(custom: Callable[[str], str]) -> None:
+    name = custom(CUSTOM)
+    script = (
+        f"import sys; sys.path[:] = {sys.path!r}\n"
+        "from megatron_fipo.rewards import GraderPool\n"
+        f"pool = GraderPool({name!r}, timeout_s=1.0, memory_bytes=1 << 28, num_workers=2)\n"
+        "print(*pool.pids, flush=True)\n"
+        "pool.timeout_s = 600.0\n"  # the parent does not end it
+        "pool.grade(['power'], ['x'])\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    with parent.stdout:
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(pids) == 2
+    time.sleep(0.3)
+    parent.kill()
+    parent.wait()
+    wait_until(lambda: not any(is_running(pid) for pid in pids), timeout_s=10.0)
+
+
+def test_a_cheap_answer_costs_under_a_millisecond() -> None:
+    with GraderPool("small_arithmetic", timeout_s=5.0, memory_bytes=256 * MIB, num_workers=2) as pool:
+        start = time.process_time()
+        pool.grade(["9"] * 2000, ["9"] * 2000)
+        assert (time.process_time() - start) / 2000 < 1e-3
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
