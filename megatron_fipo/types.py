@@ -127,6 +127,7 @@ class TrainSequence:
     loss_mask: np.ndarray  # [L] bool; the last entry is False
     advantages: np.ndarray  # [L] fp32
     rollout_logprobs: np.ndarray  # [L] fp32, 0 where the mask is False
+    weight_version: int = 0  # of the weights that generated it
 
 
 @dataclass(frozen=True, eq=False)

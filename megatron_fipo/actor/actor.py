@@ -1,0 +1,168 @@
+"""The actor: one rank's share of the Megatron model, its optimizer, and the passes the training loop asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
+
+from megatron_fipo.actor import pipeline
+from megatron_fipo.actor.model import build_policy, transformer_config
+from megatron_fipo.actor.optimizer import build_optimizer, build_scheduler
+from megatron_fipo.actor.setup import Groups
+from megatron_fipo.actor.weights import WeightTable, export_weights, load_hf_weights, weight_table
+from megatron_fipo.config import PPOSettings
+from megatron_fipo.losses import collect_token_stats, update_metrics
+from megatron_fipo.ops.packing import micro_batches, pack
+from megatron_fipo.parallel import ParallelLayout
+from megatron_fipo.types import PackedBatch, TrainSequence
+from megatron_fipo.weights.architecture import Architecture, check_layout, padded_vocab_size
+from megatron_fipo.weights.hf_files import HFWeights
+
+
+@dataclass(frozen=True, eq=False)
+class Actor:
+    """What a rank needs to score and train. Made by `build_actor`; every method is called by all ranks together."""
+
+    arch: Architecture
+    layout: ParallelLayout
+    groups: Groups
+    model: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    table: WeightTable
+    max_tokens_per_micro_batch: int
+    max_response_len: int
+
+    def old_logprobs(self, sequences: Sequence[TrainSequence]) -> tuple[list[Tensor], list[Tensor]]:
+        """Log-probs and entropies of this rank's sequences under the current weights, forward only.
+
+        The kernels, precision and code path are those of the update. On the last pipeline stage: per sequence [L] fp32,
+        0 where the loss mask is False; on the other stages two empty lists.
+        """
+        batches = self._packed(sequences, None)
+        outputs = pipeline.forward_logprobs(self.model, batches)
+        logprobs: dict[int, Tensor] = {}
+        entropies: dict[int, Tensor] = {}
+        for batch, output in zip(batches, outputs):
+            bounds = batch.cu_seqlens.tolist()
+            for member, start, end in zip(batch.members, bounds, bounds[1:]):
+                logprobs[member], entropies[member] = output[:, start:end].clone()
+        order = sorted(logprobs)
+        return [logprobs[i] for i in order], [entropies[i] for i in order]
+
+    def update(
+        self,
+        sequences: Sequence[TrainSequence],
+        old_logprobs: Sequence[Tensor],
+        *,
+        algorithm: str,
+        settings: PPOSettings,
+    ) -> dict[str, float] | None:
+        """One optimizer step over a mini-batch, of which `sequences` are this rank's share.
+
+        `old_logprobs` is what `old_logprobs()` gave for them (empty off the last stage). Returns the metrics of the
+        whole mini-batch on rank 0, None elsewhere. Raises NonFiniteUpdate, parameters unchanged.
+        """
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        batches = self._packed(sequences, old_logprobs if self.layout.is_last_stage else None)
+        outcome = pipeline.update(
+            self.model,
+            self.optimizer,
+            batches,
+            algorithm=algorithm,
+            settings=settings,
+            control=self.groups.control,
+            max_response_len=self.max_response_len,
+        )
+        self.scheduler.step(increment=1)
+        metrics = self._mini_batch_metrics(outcome, settings)
+        if metrics is not None:
+            metrics.update(lr=learning_rate, grad_norm=outcome.grad_norm)
+        return metrics
+
+    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The current weights as (Hugging Face name, tensor), on rank 0; every rank must exhaust the iterator."""
+        return export_weights(self.model, self.arch, self.layout, self.groups, self.table)
+
+    def _packed(self, sequences: Sequence[TrainSequence], old_logprobs: Sequence[Tensor] | None) -> list[PackedBatch]:
+        device = next(self.model.parameters()).device
+        lengths = [len(sequence.token_ids) for sequence in sequences]
+        multiple = self.layout.tp if self.layout.sequence_parallel else 1
+        return [
+            pack(sequences, members, old_logprobs=old_logprobs, multiple_of=multiple, device=device)
+            for members in micro_batches(lengths, self.max_tokens_per_micro_batch)
+        ]
+
+    def _mini_batch_metrics(self, outcome: pipeline.UpdateOutcome, settings: PPOSettings) -> dict[str, float] | None:
+        """Gather the per-token statistics of the whole mini-batch to rank 0: quantiles do not average."""
+        share: dict[str, np.ndarray] | None = None
+        if self.layout.is_last_stage and self.layout.tp_rank == 0:
+            stats = collect_token_stats(outcome.token_stats)
+            share = {name: value.cpu().numpy() for name, value in stats.items()}
+        shares: list[Any] | None = [None] * self.layout.world_size if self.layout.rank == 0 else None
+        dist.gather_object(share, shares, dst=0, group=self.groups.control)
+        if shares is None:
+            return None
+        parts = [{name: torch.from_numpy(array) for name, array in part.items()} for part in shares if part is not None]
+        whole = collect_token_stats(parts)
+        return {**update_metrics(whole, settings), "num_kept": float(whole["num_kept"].sum())}
+
+
+def build_actor(
+    arch: Architecture,
+    weights: HFWeights,
+    layout: ParallelLayout,
+    groups: Groups,
+    *,
+    params_dtype: torch.dtype,
+    device: torch.device,
+    transformer_impl: str,
+    transformer: Mapping[str, Any],
+    ddp: Mapping[str, Any],
+    optimizer: Mapping[str, Any],
+    lr_warmup_iters: int,
+    max_tokens_per_micro_batch: int,
+    max_response_len: int,
+    vocab_divisible_by: int = 1,
+) -> Actor:
+    """Build this rank's stage, load its weights, and make the optimizer over them.
+
+    `transformer`, `ddp` and `optimizer` are the user's megatron-core fields. Raises ValueError for a layout that does
+    not divide the architecture. Collective over all ranks.
+    """
+    check_layout(arch, layout.tp, layout.pp)
+    padded_vocab = padded_vocab_size(arch.vocab_size, layout.tp, vocab_divisible_by)
+    config = transformer_config(arch, layout, params_dtype=params_dtype, device=device, overrides=transformer)
+    model = build_policy(
+        arch,
+        config,
+        layout,
+        padded_vocab=padded_vocab,
+        transformer_impl=transformer_impl,
+        ddp=ddp,
+        device=device,
+    )
+    load_hf_weights(model, arch, weights, layout, padded_vocab=padded_vocab)
+    config.finalize_model_grads_func = finalize_model_grads
+    config.no_sync_func = model.no_sync
+    built = build_optimizer(model, params_dtype=params_dtype, overrides=optimizer)
+    return Actor(
+        arch=arch,
+        layout=layout,
+        groups=groups,
+        model=model,
+        optimizer=built,
+        scheduler=build_scheduler(built, lr_warmup_iters=lr_warmup_iters),
+        table=weight_table(model, arch, layout, groups),
+        max_tokens_per_micro_batch=max_tokens_per_micro_batch,
+        max_response_len=max_response_len,
+    )

@@ -1,0 +1,116 @@
+"""The transformer layers without Transformer Engine: packed attention through SDPA, a norm that knows sequence parallel.
+
+megatron-core's own local layers refuse packed sequences (DotProductAttention) and sequence-parallel norms.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, as megatron-core builds its norms."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        # read when gradients are finalised: each tensor-parallel rank saw its share of the tokens only
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden_size] -> same shape and dtype; the mean of squares is taken in fp32."""
+        return F.rms_norm(x, (x.size(-1),), self.weight, self.eps)
+
+
+class PackedAttention(nn.Module):
+    """Causal attention inside each packed sequence: one SDPA call per distinct length, cost sum of L^2."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        assert attn_mask_type == AttnMaskType.causal, attn_mask_type
+        assert attention_type == "self", attention_type
+        self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """query [T, heads, d], key and value [T, groups, d] -> [T, heads * d]."""
+        assert packed_seq_params is not None, "the actor always packs"
+        cu_seqlens = packed_seq_params.cu_seqlens_q.tolist()
+        lengths = [end - start for start, end in zip(cu_seqlens, cu_seqlens[1:])]
+        repeat = query.size(1) // key.size(1)
+        key, value = (x.repeat_interleave(repeat, dim=1) for x in (key, value))
+        splits = [x.split(lengths) for x in (query, key, value)]
+        outputs: dict[int, Tensor] = {}
+        for length in sorted(set(lengths)):
+            members = [i for i, n in enumerate(lengths) if n == length]
+            # [n, heads, L, d]
+            q, k, v = (torch.stack([pieces[i] for i in members]).transpose(1, 2) for pieces in splits)
+            dropout = self.dropout if self.training else 0.0
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, dropout_p=dropout)
+            outputs.update(zip(members, out.transpose(1, 2).unbind(0)))
+        return torch.cat([outputs[i] for i in range(len(lengths))]).flatten(1)
+
+
+def local_block_spec(config: TransformerConfig, num_layers: int) -> TransformerBlockSubmodules:
+    """The `num_layers` layers of one pipeline stage and the final norm."""
+    qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=PackedAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=qk_norm,
+            k_layernorm=qk_norm,
+        ),
+    )
+    mlp = ModuleSpec(
+        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    )
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)

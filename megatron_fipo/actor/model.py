@@ -1,0 +1,195 @@
+"""The policy: megatron-core's GPT model whose last pipeline stage answers with log-probs instead of logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_fipo.actor.local_spec import local_block_spec
+from megatron_fipo.ops.logprobs import vocab_parallel_logprobs
+from megatron_fipo.parallel import ParallelLayout
+from megatron_fipo.types import PackedBatch
+from megatron_fipo.weights.architecture import Architecture, to_gpt_model_fields, to_transformer_fields
+
+# What must be off where there is no CUDA kernel behind it; megatron-core's defaults assume one.
+_WITHOUT_CUDA = {
+    "use_cpu_initialization": True,
+    "gradient_accumulation_fusion": False,
+    "masked_softmax_fusion": False,
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "apply_rope_fusion": False,
+    "persist_layer_norm": False,
+    "batch_p2p_comm": False,
+}
+
+
+def transformer_config(
+    arch: Architecture,
+    layout: ParallelLayout,
+    *,
+    params_dtype: torch.dtype,
+    device: torch.device,
+    overrides: Mapping[str, Any],
+) -> TransformerConfig:
+    """megatron-core's configuration for a checkpoint's architecture in a layout; `overrides` are the user's flags."""
+    fields: dict[str, Any] = {
+        **to_transformer_fields(arch),
+        "activation_func": F.silu,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "params_dtype": params_dtype,
+        "pipeline_dtype": params_dtype,
+        "bf16": params_dtype == torch.bfloat16,
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "context_parallel_size": layout.cp,
+        "sequence_parallel": layout.sequence_parallel,
+        "variable_seq_lengths": True,  # every micro-batch is packed to its own length
+        "moe_token_dispatcher_type": "alltoall",  # asked for by variable_seq_lengths, for dense models too
+        "calculate_per_token_loss": True,  # one division, by the global count, after the last micro-batch
+        "deallocate_pipeline_outputs": True,
+        # weights come from the checkpoint; initialisation still has to run, it marks what is tensor parallel
+        "init_method": _leave_uninitialised,
+        "output_layer_init_method": _leave_uninitialised,
+        "embedding_init_method": _leave_uninitialised,
+    }
+    if device.type == "cpu":
+        fields.update(_WITHOUT_CUDA)
+    return TransformerConfig(**{**fields, **overrides})
+
+
+def _leave_uninitialised(weight: Tensor) -> Tensor:
+    return weight
+
+
+class PolicyModel(GPTModel):
+    """GPTModel with log-probs and entropy as its output: `[2, T]` fp32 on the last stage, 0 where `loss_mask` is False.
+
+    Only the masked positions go through the vocabulary projection, so prompts cost no logits.
+    """
+
+    def __init__(self, *, true_vocab_size: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.true_vocab_size = true_vocab_size
+
+    def _postprocess(
+        self, hidden_states: Tensor, *, labels: Tensor | None = None, loss_mask: Tensor | None = None, **_: Any
+    ) -> Tensor:
+        if not self.post_process:
+            return hidden_states
+        assert labels is not None
+        assert loss_mask is not None
+        tp_group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=True, group=tp_group
+            )
+        labels, loss_mask = labels[0], loss_mask[0]
+        positions = loss_mask.nonzero()[:, 0]
+        chosen = hidden_states.index_select(0, positions)  # [N, 1, h]
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        if not self.config.sequence_parallel:
+            chosen = _SumGradients.apply(chosen, tp_group)
+        logits = F.linear(chosen[:, 0], self.output_layer.weight if weight is None else weight)  # [N, V_local]
+        logprobs, entropy = vocab_parallel_logprobs(
+            logits, labels[positions], vocab_size=self.true_vocab_size, group=tp_group
+        )
+        out = logprobs.new_zeros(2, labels.numel())
+        return out.index_copy(1, positions, torch.stack([logprobs, entropy]))
+
+
+class _SumGradients(torch.autograd.Function):
+    """Identity forward; backward sums the gradient over the tensor-parallel ranks, each of which saw its own columns."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        if ctx.group.size() > 1:
+            grad = grad.contiguous()
+            torch.distributed.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+def build_policy(
+    arch: Architecture,
+    config: TransformerConfig,
+    layout: ParallelLayout,
+    *,
+    padded_vocab: int,
+    transformer_impl: str,
+    ddp: Mapping[str, Any],
+    device: torch.device,
+) -> DistributedDataParallel:
+    """This rank's stage of the model, without weights yet, in Megatron's DDP wrapper."""
+    num_layers = arch.num_layers // layout.pp
+    model = PolicyModel(
+        true_vocab_size=arch.vocab_size,
+        config=config,
+        transformer_layer_spec=_block_spec(config, num_layers, transformer_impl),
+        vocab_size=padded_vocab,
+        pre_process=layout.is_first_stage,
+        post_process=layout.is_last_stage,
+        parallel_output=True,
+        **to_gpt_model_fields(arch),
+    )
+    module: nn.Module = model.to(device)
+    if config.bf16:
+        module = Float16Module(config, module)
+    ddp_config = DistributedDataParallelConfig(
+        **{"use_distributed_optimizer": True, "grad_reduce_in_fp32": True, "overlap_grad_reduce": False, **ddp}
+    )
+    return DistributedDataParallel(config, ddp_config, module)
+
+
+def unwrapped(model: nn.Module) -> PolicyModel:
+    """The PolicyModel inside Megatron's wrappers."""
+    while not isinstance(model, PolicyModel):
+        model = model.module
+    return model
+
+
+def run_model(model: nn.Module, batch: PackedBatch) -> Tensor:
+    """One packed micro-batch through this stage: hidden states [T, 1, h] or, on the last stage, `[2, T]`."""
+    lengths = batch.cu_seqlens.diff()
+    longest = int(lengths.max())
+    packed = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+    return model(
+        batch.token_ids[None],
+        batch.position_ids[None],
+        None,
+        labels=batch.labels[None],
+        loss_mask=batch.loss_mask[None],
+        packed_seq_params=packed,
+    )
+
+
+def _block_spec(config: TransformerConfig, num_layers: int, transformer_impl: str) -> Any:
+    if transformer_impl == "local":
+        return local_block_spec(config, num_layers)
+    if transformer_impl == "transformer_engine":
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=True)
+    raise ValueError(f"--transformer-impl is {transformer_impl!r}, but must be local or transformer_engine")
+

@@ -1,0 +1,50 @@
+"""Megatron's distributed optimizer and its learning-rate schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import get_standard_config_overrides as standard_overrides
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+
+def build_optimizer(
+    model: DistributedDataParallel, *, params_dtype: torch.dtype, overrides: Mapping[str, Any]
+) -> MegatronOptimizer:
+    """Adam over this rank's shard, fp32 master weights. Norms and biases are not decayed."""
+    config = OptimizerConfig(
+        **{
+            "optimizer": "adam",
+            "use_distributed_optimizer": model.ddp_config.use_distributed_optimizer,
+            "bf16": params_dtype == torch.bfloat16,
+            "params_dtype": params_dtype,
+            **overrides,
+        }
+    )
+    optimizer = get_megatron_optimizer(
+        config, [model], config_overrides=standard_overrides(config), use_gloo_process_groups=False
+    )
+    model.config.grad_scale_func = optimizer.scale_loss
+    return optimizer
+
+
+def build_scheduler(optimizer: MegatronOptimizer, *, lr_warmup_iters: int) -> OptimizerParamScheduler:
+    """Linear warm-up over `lr_warmup_iters` updates, then constant: the paper's schedule."""
+    config = optimizer.config
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.lr,
+        lr_warmup_steps=lr_warmup_iters,
+        lr_decay_steps=max(1, lr_warmup_iters + 1),
+        lr_decay_style="constant",
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )

@@ -1,0 +1,58 @@
+"""Process groups: the one file that touches megatron-core's parallel_state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_fipo.parallel import ParallelLayout
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The process groups of this rank, by axis, and `control`: every rank over gloo, for objects and flags."""
+
+    tp: dist.ProcessGroup
+    pp: dist.ProcessGroup
+    dp: dist.ProcessGroup
+    control: dist.ProcessGroup
+
+
+def initialize_distributed(device: torch.device, *, timeout_minutes: int) -> None:
+    """Join the job's ranks through torchrun's or Slurm's variables: NCCL on GPUs, gloo on the CPU."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+
+
+def initialize_model_parallel(layout: ParallelLayout, *, seed: int, timeout_minutes: int) -> Groups:
+    """Make Megatron's groups for `layout` and seed its random-state tracker."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        context_parallel_size=layout.cp,
+        distributed_timeout_minutes=timeout_minutes,
+        create_gloo_process_groups=False,
+    )
+    model_parallel_cuda_manual_seed(seed)
+    groups = Groups(
+        tp=parallel_state.get_tensor_model_parallel_group(),
+        pp=parallel_state.get_pipeline_model_parallel_group(),
+        dp=parallel_state.get_data_parallel_group(),
+        control=dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes)),
+    )
+    found = (groups.tp.rank(), groups.pp.rank(), groups.dp.rank())
+    assert found == (layout.tp_rank, layout.pp_rank, layout.dp_rank), (found, layout)
+    return groups
+
+
+def shut_down() -> None:
+    """Leave every group. Safe to call when there is none."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,133 @@
+"""The training loop: one step as data flows, in order. Imports neither Megatron nor SGLang; both are handed in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_fipo.config import PPOSettings
+from megatron_fipo.metrics.run_logger import RunLogger
+from megatron_fipo.parallel import ParallelLayout
+from megatron_fipo.trainer.agreement import agreement_metrics, require_agreement
+from megatron_fipo.trainer.exchange import on_rank_zero, scatter_shares
+from megatron_fipo.types import TrainSequence
+
+
+class Actor(Protocol):
+    """What the loop asks of the model; every call is made by all ranks together."""
+
+    def old_logprobs(self, sequences: Sequence[TrainSequence]) -> tuple[list[Tensor], list[Tensor]]: ...
+
+    def update(
+        self,
+        sequences: Sequence[TrainSequence],
+        old_logprobs: Sequence[Tensor],
+        *,
+        algorithm: str,
+        settings: PPOSettings,
+    ) -> dict[str, float] | None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Rollout:
+    """One rollout batch on rank 0: what to train on, and what is worth logging about it."""
+
+    sequences: Sequence[TrainSequence]
+    metrics: Mapping[str, float]
+    texts: Sequence[Mapping[str, Any]]  # a few sampled responses
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """Everything one training run is made of. The callables hide whether engines, files or fakes stand behind them."""
+
+    algorithm: str
+    loss: PPOSettings
+    num_steps: int
+    num_updates: int
+    layout: ParallelLayout
+    control: dist.ProcessGroup
+    actor: Actor
+    collect: Callable[[int], Rollout]  # the rollout batch of a step; rank 0
+    start_training: Callable[[], None]  # the engines rest
+    sync_weights: Callable[[int], None]  # push the weights under this version; all ranks
+    evaluate: Callable[[int], None]  # after this many steps; all ranks
+    save: Callable[[int], None]  # after this many steps; all ranks
+    eval_interval: int | None
+    save_interval: int | None
+    engine_mismatch_limit: float
+    log: RunLogger
+
+
+def train(run: Run, *, first_step: int) -> None:
+    """Run steps `first_step` + 1 .. `num_steps`. Weights of version v are those after v steps. All ranks together."""
+    for step in range(first_step + 1, run.num_steps + 1):
+        with run.log.stage("rollout"):
+            rollout = on_rank_zero(lambda step=step: run.collect(step), run.layout, run.control)
+        run.start_training()
+        with run.log.stage("logprobs"):
+            mini_batches = scatter_shares(
+                rollout.sequences if rollout else None, run.num_updates, run.layout, run.control
+            )
+            sequences = [sequence for mini_batch in mini_batches for sequence in mini_batch]
+            logprobs, entropies = run.actor.old_logprobs(sequences)
+            agreement = agreement_metrics(
+                sequences, logprobs, entropies, weight_version=step - 1, layout=run.layout, control=run.control
+            )
+            on_rank_zero(
+                lambda found=agreement: require_agreement(found, run.engine_mismatch_limit), run.layout, run.control
+            )
+        with run.log.stage("update"):
+            updates = _update(run, mini_batches, logprobs)
+        with run.log.stage("sync"):
+            run.sync_weights(step)
+        run.log.log_step({"step": step, **_step_metrics(rollout, agreement, updates)})
+        if rollout is not None:
+            run.log.log_samples(step, rollout.texts)
+        if _is_due(step, run.eval_interval) and step < run.num_steps:
+            run.evaluate(step)
+        if _is_due(step, run.save_interval) or step == run.num_steps:
+            run.save(step)
+
+
+def _update(
+    run: Run, mini_batches: Sequence[Sequence[TrainSequence]], logprobs: Sequence[Tensor]
+) -> list[dict[str, float] | None]:
+    """One optimizer step per mini-batch; metrics on rank 0, None elsewhere."""
+    updates = []
+    start = 0
+    for mini_batch in mini_batches:
+        old_logprobs = logprobs[start : start + len(mini_batch)]
+        updates.append(run.actor.update(mini_batch, old_logprobs, algorithm=run.algorithm, settings=run.loss))
+        start += len(mini_batch)
+    return updates
+
+
+def _step_metrics(
+    rollout: Rollout | None, agreement: Mapping[str, float] | None, updates: Sequence[dict[str, float] | None]
+) -> dict[str, Any]:
+    """The step's record on rank 0; the means over updates stand beside the updates themselves."""
+    if rollout is None:
+        return {}
+    assert agreement is not None
+    present = [update for update in updates if update is not None]
+    means = {name: sum(update[name] for update in present) / len(present) for name in present[0]}
+    means["lr"] = present[-1]["lr"]
+    if "future_kl_std" in present[0]:
+        # before the first update old and new log-probs are the same computation: any spread is noise
+        means["noise_gauge"] = present[0]["future_kl_std"]
+    return {
+        **rollout.metrics,
+        **agreement,
+        **means,
+        "num_tokens": sum(len(sequence.token_ids) for sequence in rollout.sequences),
+        "updates": present,
+    }
+
+
+def _is_due(step: int, interval: int | None) -> bool:
+    return interval is not None and step % interval == 0

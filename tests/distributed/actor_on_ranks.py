@@ -1,0 +1,106 @@
+"""What the actor's tests run on every rank: build it in a layout, update, and bring everything back to rank 0."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tiny_models import make_sequences
+
+from megatron_fipo.actor import pipeline
+from megatron_fipo.actor.actor import Actor, build_actor
+from megatron_fipo.actor.setup import initialize_model_parallel
+from megatron_fipo.actor.weights import export_weights
+from megatron_fipo.config import LOSS_SETTINGS, FIPOSettings, PPOSettings
+from megatron_fipo.parallel import ParallelLayout
+from megatron_fipo.patches.megatron_cpu import apply_patches
+from megatron_fipo.trainer.exchange import scatter_shares, shares_of
+from megatron_fipo.weights.architecture import read_architecture
+from megatron_fipo.weights.hf_files import HFWeights
+
+OPTIMIZER = {"lr": 1e-3, "weight_decay": 0.1, "clip_grad": 1.0, "adam_beta2": 0.999, "adam_eps": 1e-4}
+
+
+def make_actor(
+    model_dir: str,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    sp: bool = False,
+    budget: int = 64,
+    bf16: bool = False,
+    distributed_optimizer: bool = True,
+    transformer: dict[str, Any] | None = None,
+) -> Actor:
+    """An actor over all ranks of the running gloo job."""
+    apply_patches()
+    layout = ParallelLayout.for_world(dist.get_world_size(), dist.get_rank(), tp=tp, pp=pp, sequence_parallel=sp)
+    groups = initialize_model_parallel(layout, seed=1, timeout_minutes=5)
+    return build_actor(
+        read_architecture(model_dir),
+        HFWeights(model_dir),
+        layout,
+        groups,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        device=torch.device("cpu"),
+        transformer_impl="local",
+        transformer=transformer or {},
+        ddp={"use_distributed_optimizer": distributed_optimizer},
+        optimizer=OPTIMIZER,
+        lr_warmup_iters=0,
+        max_tokens_per_micro_batch=budget,
+        max_response_len=32,
+    )
+
+
+def settings_for(algorithm: str, semantics: str) -> PPOSettings:
+    """FIPO with bounds wide enough to see f at work."""
+    if algorithm == "fipo":
+        return FIPOSettings(influence_low=0.8, influence_high=1.2, safety_threshold=3.0, semantics=semantics)
+    return LOSS_SETTINGS[algorithm]
+
+
+def run_updates(
+    model_dir: str,
+    old_logprobs: list[torch.Tensor],
+    num_sequences: int,
+    algorithm: str = "fipo",
+    semantics: str = "paper",
+    reverse: bool = False,
+    **layout: Any,
+) -> dict[str, Any]:
+    """The gradients of the first mini-batch, then two optimizer steps; on rank 0 grads, metrics, parameters."""
+    actor = make_actor(model_dir, **layout)
+    sequences = make_sequences(num_sequences)
+    position = {sequence.uid: i for i, sequence in enumerate(sequences)}
+    if reverse:
+        half = num_sequences // 2
+        sequences = sequences[:half][::-1] + sequences[half:][::-1]
+    mine = scatter_shares(sequences if actor.layout.rank == 0 else None, 2, actor.layout, actor.groups.control)
+    assert [len(m) for m in mine] == [len(m) for m in shares_of(sequences, 2, actor.layout)[actor.layout.dp_rank]]
+    settings = settings_for(algorithm, semantics)
+
+    def old_of(mini_batch: list[Any]) -> list[torch.Tensor]:
+        return [old_logprobs[position[sequence.uid]] for sequence in mini_batch]
+
+    result: dict[str, Any] = {}
+    logprobs, entropies = actor.old_logprobs(mine[0])
+    if not actor.layout.is_last_stage:
+        assert not logprobs
+        assert not entropies
+    if not actor.model.ddp_config.use_distributed_optimizer:
+        actor.model.zero_grad_buffer()
+        batches = actor._packed(mine[0], old_of(mine[0]) if actor.layout.is_last_stage else None)
+        pipeline.accumulate_gradients(
+            actor.model, batches, algorithm=algorithm, settings=settings, max_response_len=actor.max_response_len
+        )
+        gradients = export_weights(
+            actor.model, actor.arch, actor.layout, actor.groups, actor.table, read=lambda p: p.main_grad
+        )
+        result["gradients"] = {name: gradient.clone() for name, gradient in gradients}
+    metrics = [actor.update(m, old_of(m), algorithm=algorithm, settings=settings) for m in mine]
+    result["parameters"] = {name: value.clone() for name, value in actor.export_weights()}
+    if actor.layout.rank == 0:
+        result["metrics"] = metrics
+    return result

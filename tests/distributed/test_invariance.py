@@ -1,0 +1,113 @@
+"""One FIPO update equals Hugging Face transformers' on one process, whatever the layout, budget and packing order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from actor_on_ranks import OPTIMIZER, run_updates, settings_for
+from tiny_models import hf_logprobs, make_old_logprobs, make_sequences, save_model
+
+from megatron_fipo.losses import LOSSES
+from megatron_fipo.ops.packing import pack
+
+NUM_SEQUENCES = 12
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one process": (1, {}),
+    "small budget": (1, {"budget": 31}),
+    "one sequence order reversed": (1, {"reverse": True, "budget": 50}),
+    "tp2": (2, {"tp": 2}),
+    "tp2 sp": (2, {"tp": 2, "sp": True, "budget": 47}),
+    "pp2": (2, {"pp": 2, "budget": 40}),
+    "dp2": (2, {}),
+    "tp2 pp2": (4, {"tp": 2, "pp": 2, "budget": 33}),
+    "tp2 sp pp2": (4, {"tp": 2, "pp": 2, "sp": True}),
+    "pp2 dp2": (4, {"pp": 2, "reverse": True}),
+}
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("qwen2")
+    save_model(directory, "qwen2", tied=False)
+    return directory
+
+
+def reference(directory: Path, algorithm: str, semantics: str) -> dict[str, Any]:
+    """The same two updates in plain transformers and torch, unpacked, on one process."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    sequences = make_sequences(NUM_SEQUENCES)
+    old = make_old_logprobs(model, sequences)
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    plain = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": OPTIMIZER["weight_decay"]}, {"params": plain, "weight_decay": 0.0}],
+        lr=OPTIMIZER["lr"],
+        betas=(0.9, OPTIMIZER["adam_beta2"]),
+        eps=OPTIMIZER["adam_eps"],
+    )
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    result: dict[str, Any] = {"old": old, "metrics": []}
+    half = NUM_SEQUENCES // 2
+    for start in (0, half):
+        members = range(start, start + half)
+        batch = pack(sequences, members, old_logprobs=old)
+        logprobs = torch.cat([hf_logprobs(model, sequences[i]) for i in members])
+        loss, info = LOSSES[algorithm](
+            logprobs,
+            batch.old_logprobs,
+            batch.advantages,
+            batch.loss_mask,
+            settings_for(algorithm, semantics),
+            cu_seqlens=batch.cu_seqlens,
+            max_response_len=32,
+        )
+        model.zero_grad()
+        loss.backward()
+        if start == 0:
+            result["gradients"] = {name: p.grad.clone() for name, p in model.named_parameters()}
+        torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER["clip_grad"])
+        optimizer.step()
+        result["metrics"].append({"pg_loss": float(loss.detach()), "num_kept": float(info["num_kept"])} | {
+            name: float(value) for name, value in info.items() if isinstance(value, (int, float))
+        })
+    result["changes"] = {name: p.detach() - before[name] for name, p in model.named_parameters()}
+    result["before"] = before
+    return result
+
+
+def assert_same_update(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for metrics, expected in zip(found["metrics"], wanted["metrics"]):
+        for name, value in expected.items():
+            assert metrics[name] == pytest.approx(value, abs=2e-5, rel=2e-5), name
+    for name, gradient in wanted["gradients"].items():
+        if "gradients" in found:
+            largest = gradient.abs().max()
+            assert (found["gradients"][name] - gradient).abs().max() <= 1e-5 * largest, name
+    for name, change in wanted["changes"].items():
+        made = found["parameters"][name] - wanted["before"][name]
+        assert change.abs().max() > 1e-4, name
+        assert (made - change).abs().max() <= 1e-5, name
+
+
+@pytest.mark.parametrize("semantics", ["paper", "released"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_update_is_the_same_in_every_layout(
+    layout: str, semantics: str, model_dir: Path, run_ranks: Any
+) -> None:
+    num_ranks, options = LAYOUTS[layout]
+    wanted = reference(model_dir, "fipo", semantics)
+    kwargs = {
+        "model_dir": str(model_dir),
+        "old_logprobs": wanted["old"],
+        "num_sequences": NUM_SEQUENCES,
+        "semantics": semantics,
+        **options,
+    }
+    # gradients are compared where every rank holds them whole, the distributed optimizer by what it does to parameters
+    found = run_ranks(num_ranks, run_updates, {**kwargs, "distributed_optimizer": semantics == "paper"})[0]
+    assert_same_update(found, wanted)

@@ -1,0 +1,107 @@
+"""Tiny random Hugging Face models of every family, and batches with everything that goes wrong in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from megatron_fipo.types import TrainSequence
+
+FAMILIES = {
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+}
+VOCAB = 131  # divides by nothing: the vocabulary is padded under tensor parallelism
+
+
+def make_model(family: str, *, tied: bool, seed: int = 0) -> Any:
+    """4 layers, 4 heads in 2 groups, weights large enough that every part matters; fp32, eval mode."""
+    config_class, model_class = FAMILIES[family]
+    extra = {"head_dim": 12} if family == "qwen3" else {}
+    config = config_class(
+        vocab_size=VOCAB,
+        hidden_size=40,
+        intermediate_size=88,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=tied,
+        **extra,
+    )
+    torch.manual_seed(seed)
+    model = model_class(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.copy_(0.2 * torch.randn_like(parameter) + (1.0 if "norm" in name else 0.0))
+            else:
+                parameter.mul_(4.0)
+    return model
+
+
+def save_model(directory: Path, family: str, *, tied: bool, seed: int = 0) -> Any:
+    """`make_model`, also saved as safetensors in `directory`."""
+    model = make_model(family, tied=tied, seed=seed)
+    model.save_pretrained(directory)
+    return model
+
+
+def make_sequences(num: int, *, seed: int = 0) -> list[TrainSequence]:
+    """Sequences of odd lengths: masked prefixes, holes, an empty response, a response of one token, both signs of A."""
+    rng = np.random.default_rng(seed)
+    sequences = []
+    for i in range(num):
+        prompt, response = int(rng.integers(1, 9)), int(rng.integers(2, 23))
+        if i == 1:
+            response = 1
+        length = prompt + response
+        mask = np.zeros(length, dtype=bool)
+        mask[prompt - 1 : length - 1] = True
+        if response > 6:
+            mask[prompt + 2 : prompt + 4] = False
+        if i == 2:
+            mask[:] = False
+        sequences.append(
+            TrainSequence(
+                uid=f"problem/{i}",
+                token_ids=rng.integers(0, VOCAB, length),
+                loss_mask=mask,
+                advantages=np.full(length, (-1.0) ** i * (0.3 + 0.1 * i), dtype=np.float32),
+                rollout_logprobs=np.zeros(length, dtype=np.float32),
+            )
+        )
+    return sequences
+
+
+def make_old_logprobs(model: Any, sequences: list[TrainSequence], *, seed: int = 0) -> list[torch.Tensor]:
+    """The model's own log-probs, shifted by noise; two sequences with A < 0 get ratios beyond the dual clip."""
+    generator = torch.Generator().manual_seed(seed)
+    shifted = []
+    for i, sequence in enumerate(sequences):
+        logprobs = hf_logprobs(model, sequence).detach()
+        shift = 0.2 * torch.randn(logprobs.shape, generator=generator)
+        if i in (3, 7):
+            shift[-8:] += 3.0  # ratios near e^3 > 10
+        shifted.append(logprobs - shift)
+    return shifted
+
+
+def hf_logits(model: Any, sequence: TrainSequence) -> torch.Tensor:
+    """[L, V] of one sequence, without any packing."""
+    return model(torch.from_numpy(sequence.token_ids)[None]).logits[0]
+
+
+def hf_logprobs(model: Any, sequence: TrainSequence) -> torch.Tensor:
+    """[L] log-probs of the next token, 0 where the mask is False; differentiable."""
+    tokens = torch.from_numpy(sequence.token_ids)
+    rows = hf_logits(model, sequence).log_softmax(-1)
+    labels = torch.cat([tokens[1:], tokens[:1]])
+    mask = torch.from_numpy(sequence.loss_mask)
+    return torch.where(mask, rows.gather(1, labels[:, None])[:, 0], 0.0)
