@@ -99,8 +99,8 @@ def clipped_policy_terms(shift: Tensor, advantages: Tensor, settings: PPOSetting
 
 
 def drop_dual_clipped(mask: Tensor, dual_clipped: Tensor, offsets: Tensor) -> Tensor:
-    """mask [T] bool without the sequences that hold more than one dual-clipped response token."""
-    num_dual_clipped = count_per_sequence(dual_clipped & mask, offsets)
+    """mask [T] bool without the sequences that hold more than one of dual_clipped [T] bool, which is false off mask."""
+    num_dual_clipped = count_per_sequence(dual_clipped, offsets)
     return mask & spread_to_tokens(num_dual_clipped <= MAX_DUAL_CLIPPED, offsets)
 
 

@@ -19,7 +19,7 @@ def one_token(ratio: float, advantage: float, settings: PPOSettings) -> tuple[fl
     one = torch.ones(1, 1, dtype=torch.float64)
     loss, info = dapo_loss(logprobs, 0 * one, advantage * one, one, settings)
     loss.backward()
-    return float(loss), float(logprobs.grad), info
+    return float(loss.detach()), float(logprobs.grad), info
 
 
 @pytest.mark.parametrize(
@@ -45,6 +45,19 @@ def test_clip_and_dual_clip(ratio: float, advantage: float, loss: float, gradien
 
 def test_dual_clip_switched_off() -> None:
     assert one_token(11.0, -1.0, PPOSettings(dual_clip=None))[:2] == (pytest.approx(11.0), pytest.approx(11.0))
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_shifts_are_clamped_to_twenty(sign: float) -> None:
+    logprobs = torch.tensor([[sign * 20.5, sign * 19.5]], dtype=torch.float64, requires_grad=True)
+    ones = torch.ones(1, 2, dtype=torch.float64)
+    # no clip takes part where A r is the worse side: A < 0 above the range, A > 0 below it
+    settings = PPOSettings(dual_clip=None)
+    loss, info = dapo_loss(logprobs, 0 * ones, -sign * ones, ones, settings, denominator=1)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(sign * (math.exp(sign * 20) + math.exp(sign * 19.5)), rel=1e-12)
+    assert logprobs.grad.tolist()[0] == pytest.approx([0.0, sign * math.exp(sign * 19.5)], rel=1e-12, abs=0)
+    assert info["ppo_kl"] == pytest.approx(-sign * 19.75)
 
 
 def rows_with_dual_clipped(counts: list[int], length: int = 12) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -100,7 +113,7 @@ def test_everything_dropped_gives_zero_and_no_gradient() -> None:
         settings = FIPOSettings(semantics="released", loss_agg=loss_agg)  # type: ignore[arg-type]
         loss, info = fipo_loss(logprobs, old, advantages, mask, settings)
         loss.backward()
-        assert float(loss) == 0.0
+        assert float(loss.detach()) == 0.0
         assert info["pg_loss"] == 0.0
         assert torch.equal(logprobs.grad, torch.zeros_like(shifts))
 
