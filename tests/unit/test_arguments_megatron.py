@@ -1,0 +1,265 @@
+"""Megatron's flags: the table against the installed megatron-core and against Megatron-LM's own names."""
+
+import ast
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_fipo.arguments import parse_arguments
+from megatron_fipo.config import MegatronSettings, RunSettings
+from megatron_fipo.flags.command_line import read_arguments
+from megatron_fipo.flags.dataclass_source import read_fields, value_type
+from megatron_fipo.flags.megatron_lm_names import MEGATRON_LM_FLAGS
+from megatron_fipo.flags.megatron_table import (
+    ARCHITECTURE_FIELDS,
+    CONFIG_SOURCES,
+    FIELD_FLAGS,
+    contradictions,
+    core_root,
+    flag_of_field,
+    megatron_options,
+)
+from megatron_fipo.flags.megatron_unsupported import IGNORED_FLAGS, UNSUPPORTED_FLAGS, unsupported_reason
+from megatron_fipo.flags.option import ValueType, options_of
+from megatron_fipo.flags.table import all_options
+
+ROOT = Path(__file__).resolve().parents[2]
+BASE = ["--hf-checkpoint", "model", "--task", "chain_sum"]
+
+
+def megatron(*flags):
+    return parse_arguments([*BASE, *flags]).megatron
+
+
+def test_mappings_hold_only_what_was_given():
+    settings = megatron()
+    assert (settings.model, settings.transformer, settings.optimizer, settings.ddp) == ({}, {}, {}, {})
+    settings = megatron("--num-layers", "12", "--disable-bias-linear", "--swiglu", "--vocab-size", "100")
+    assert settings.transformer == {"num_layers": 12, "add_bias_linear": False, "gated_linear_unit": True}
+    assert settings.model == {"vocab_size": 100}
+
+
+def test_one_flag_fills_every_dataclass_that_has_the_field():
+    settings = megatron("--overlap-param-gather", "--use-distributed-optimizer", "--fp8-recipe", "delayed")
+    assert settings.optimizer == {
+        "overlap_param_gather": True,
+        "use_distributed_optimizer": True,
+        "fp8_recipe": "delayed",
+    }
+    assert settings.ddp == {"overlap_param_gather": True, "use_distributed_optimizer": True}
+    assert settings.transformer == {"fp8_recipe": "delayed"}
+    settings = megatron("--fp8-param-gather")
+    assert (settings.transformer, settings.ddp) == ({"fp8_param": True}, {"fp8_param_gather": True})
+
+
+@pytest.mark.parametrize(
+    ("flags", "mapping", "expected"),
+    [
+        (["--fp8-format", "hybrid"], "transformer", {"fp8": "hybrid"}),
+        (["--norm-epsilon", "1e-6"], "transformer", {"layernorm_epsilon": 1e-6}),
+        (["--num-query-groups", "3", "--qk-layernorm"], "transformer", {"num_query_groups": 3, "qk_layernorm": True}),
+        (["--recompute-activations"], "transformer", {"recompute_granularity": "selective"}),
+        (["--recompute-modules", "mlp", "core_attn"], "transformer", {"recompute_modules": ["mlp", "core_attn"]}),
+        (["--attention-backend", "flash"], "transformer", {"attention_backend": "flash"}),
+        (["--no-masked-softmax-fusion"], "transformer", {"masked_softmax_fusion": False}),
+        (["--use-cpu-initialization"], "transformer", {"use_cpu_initialization": True}),
+        (["--attention-dropout", "0.0"], "transformer", {"attention_dropout": 0.0}),
+        (["--accumulate-allreduce-grads-in-fp32"], "ddp", {"grad_reduce_in_fp32": True}),
+        (["--grad-reduce-in-bf16"], "ddp", {"grad_reduce_in_fp32": False}),
+        (["--ddp-bucket-size", "40000000"], "ddp", {"bucket_size": 40000000}),
+        (["--main-grads-dtype", "bf16"], "optimizer", {"main_grads_dtype": "bf16"}),
+        (["--min-lr", "0"], "optimizer", {"min_lr": 0.0}),
+        (["--group-query-attention"], "model", {"group_query_attention": True}),
+        (["--untie-embeddings-and-output-weights"], "model", {"share_embeddings_and_output_weights": False}),
+        (["--use-rotary-position-embeddings"], "model", {"position_embedding_type": "rope"}),
+    ],
+)
+def test_megatron_lm_names_reach_megatron_core_fields(flags, mapping, expected):
+    assert getattr(megatron(*flags), mapping) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "fragments"),
+    [
+        (["--moe-grouped-gemm"], ["--moe-grouped-gemm is a Megatron-LM flag", "mixture-of-experts"]),
+        (["--num-experts", "8"], ["--num-experts", "mixture-of-experts"]),
+        (["--lr-warmup-fraction", "0.1"], ["--lr-warmup-fraction", "constant after --lr-warmup-iters"]),
+        (["--fp16"], ["--fp16", "use --bf16"]),
+        (["--dino-head-hidden-size", "3"], ["--dino-head-hidden-size is a Megatron-LM flag that is not supported"]),
+        (["--recompute-granularity", "full"], ["--recompute-method is None", "--recompute-granularity full"]),
+        (["--recompute-method", "uniform"], ["--recompute-method is 'uniform'", "--recompute-granularity (None)"]),
+        (
+            ["--recompute-activations", "--recompute-granularity", "full"],
+            ["--recompute-activations and --recompute-granularity contradict each other"],
+        ),
+        (
+            ["--accumulate-allreduce-grads-in-fp32", "--grad-reduce-in-bf16"],
+            ["--accumulate-allreduce-grads-in-fp32 and --grad-reduce-in-bf16 contradict each other"],
+        ),
+        (["--attention-dropout", "0.1"], ["--attention-dropout is 0.1", "0"]),
+        (["--optimizer", "sgd"], ["--optimizer is 'sgd'", "adam"]),
+        (["--lr-decay-style", "cosine"], ["--lr-decay-style is 'cosine'", "constant"]),
+        (["--min-lr", "1e-3"], ["--min-lr is 0.001", "--lr (1e-06)"]),
+        (["--transformer-impl", "te"], ["--transformer-impl is 'te'", "local, transformer_engine"]),
+        (
+            ["--transformer-impl", "transformer_engine", "--device", "cpu"],
+            ["--transformer-impl is 'transformer_engine'", "--device is cpu"],
+        ),
+        (
+            ["--transformer-impl", "local", "--fp8-format", "hybrid"],
+            ["--transformer-impl is 'local'", "--fp8-format"],
+        ),
+        (["--tensor-model-parallel-size", "0"], ["--tensor-model-parallel-size is 0", ">= 1"]),
+    ],
+)
+def test_wrong_megatron_flags_are_refused(flags, fragments):
+    with pytest.raises(ValueError) as raised:
+        megatron(*flags)
+    for fragment in fragments:
+        assert fragment in str(raised.value)
+
+
+def test_every_flag_of_a_megatron_concept_has_megatron_lms_name():
+    for option in [*megatron_options(), *options_of("megatron", MegatronSettings, "")]:
+        for flag in option.flags:
+            assert flag in MEGATRON_LM_FLAGS or flag == "--device", flag
+    ours = {"hf_checkpoint", "output_dir", "export_hf"}
+    for option in options_of("run", RunSettings, ""):
+        for flag in option.flags:
+            assert flag in MEGATRON_LM_FLAGS or option.setting.removeprefix("run.") in ours, flag
+    for flag in ("--global-batch-size", "--seq-length", "--micro-batch-size"):
+        assert flag in MEGATRON_LM_FLAGS
+
+
+def test_the_list_of_names_is_megatron_lms():
+    assert len(MEGATRON_LM_FLAGS) == 845
+    assert {"--tensor-model-parallel-size", "--disable-bias-linear", "--no-rope-fusion"} <= MEGATRON_LM_FLAGS
+    assert not any(flag.startswith(("--fipo", "--sglang")) for flag in MEGATRON_LM_FLAGS)
+
+
+def test_every_megatron_lm_flag_is_accepted_or_refused_by_name():
+    options = all_options()
+    accepted = {flag for option in options for flag in option.flags}
+    assert not accepted & set(UNSUPPORTED_FLAGS), "a flag cannot be both accepted and refused"
+    refused = sorted(MEGATRON_LM_FLAGS - accepted - set(IGNORED_FLAGS))
+    with pytest.raises(ValueError) as raised:
+        read_arguments(refused, options)
+    message = str(raised.value)
+    assert message.count(" is a Megatron-LM flag that is not supported here") == len(refused)
+    assert "unknown" not in message
+    for flag in refused:
+        assert f"{flag} is a Megatron-LM flag that is not supported here" in message
+        assert (unsupported_reason(flag) or "") in message
+
+
+def test_fields_read_from_source_are_the_dataclasses_own():
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    classes = {"transformer": TransformerConfig, "optimizer": OptimizerConfig, "ddp": DistributedDataParallelConfig}
+    for mapping, sources in CONFIG_SOURCES.items():
+        read = {
+            field.name: field for file, class_name in sources for field in read_fields(core_root() / file, class_name)
+        }
+        fields = {field.name: field for field in dataclasses.fields(classes[mapping])}
+        assert set(read) == set(fields)
+        for name, field in fields.items():
+            default = read[name].default
+            if isinstance(default, ast.Constant):
+                assert default.value == field.default, name
+            if value_type(read[name].annotation) == ValueType("bool"):
+                assert field.default in (True, False)
+    known = {field.name for cls in classes.values() for field in dataclasses.fields(cls)}
+    assert set(FIELD_FLAGS) <= known
+    for option in megatron_options():
+        for setting in option.settings:
+            _, mapping, name = setting.split(".")
+            assert mapping == "model" or name in {field.name for field in dataclasses.fields(classes[mapping])}
+
+
+def test_plain_values_become_megatrons_own():
+    import torch
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.transformer.enums import AttnBackend
+
+    from megatron_fipo.actor.megatron_flags import config_fields
+
+    fields = config_fields({"attention_backend": "flash", "exp_avg_dtype": "bf16", "num_layers": 3})
+    assert fields == {"attention_backend": AttnBackend.flash, "exp_avg_dtype": torch.bfloat16, "num_layers": 3}
+    assert OptimizerConfig(**config_fields(megatron("--lr", "2e-6").optimizer_fields)).lr == 2e-6
+
+
+def test_contradictions_name_flag_and_both_values():
+    explicit = {
+        "num_layers": 12,
+        "add_bias_linear": False,
+        "qk_layernorm": True,
+        "layernorm_epsilon": 1e-5,
+        "fp8": "e4m3",
+    }
+    derived = {"num_layers": 30, "add_bias_linear": False, "qk_layernorm": False, "layernorm_epsilon": 1e-05}
+    assert contradictions(explicit, derived) == [
+        "--num-layers is 12, but the checkpoint's config.json says 30",
+        "--qk-layernorm is given, but by the checkpoint's config.json qk_layernorm is False",
+    ]
+    assert contradictions({"vocab_size": 3}, {"vocab_size": 4}, lambda name: f"<{name}>") == [
+        "<vocab_size> is 3, but the checkpoint's config.json says 4"
+    ]
+    assert contradictions({"rotary_base": 10000.0}, {"rotary_base": 10000}) == []
+
+
+def test_flags_of_fields_are_the_ones_a_user_types():
+    assert flag_of_field("layernorm_epsilon") == "--norm-epsilon"
+    assert flag_of_field("add_bias_linear") == "--disable-bias-linear"
+    assert flag_of_field("max_sequence_length") == "--max-position-embeddings"
+    assert flag_of_field("hidden_size") == "--hidden-size"
+    accepted = {flag for option in megatron_options() for flag in option.flags}
+    assert {flag_of_field(name) for name in ARCHITECTURE_FIELDS} <= accepted
+
+
+def test_every_accepted_flag_that_changes_the_architecture_is_compared():
+    from megatron_fipo.weights import architecture
+
+    arch = architecture.Architecture(
+        family="llama",
+        num_layers=2,
+        hidden_size=8,
+        ffn_hidden_size=16,
+        num_attention_heads=2,
+        num_query_groups=1,
+        kv_channels=4,
+        vocab_size=10,
+        norm_epsilon=1e-5,
+        rope_theta=1e4,
+        rope_scaling_factor=8.0,
+        max_position_embeddings=16,
+        tied=True,
+        qkv_bias=False,
+        qk_layernorm=False,
+        dtype=None,
+    )
+    derived = {**architecture.to_transformer_fields(arch), **architecture.to_gpt_model_fields(arch)}
+    assert derived.keys() >= ARCHITECTURE_FIELDS - {"vocab_size", "group_query_attention"}
+
+
+def test_source_annotations_become_value_types():
+    def of(text):
+        return value_type(ast.parse(text, mode="eval").body)
+
+    assert of("Optional[int]") == ValueType("int")
+    assert of("typing.Optional[float]") == ValueType("float")
+    assert of("int | None") == ValueType("int")
+    assert of("Literal['a', 'b']") == ValueType("str", ("a", "b"))
+    assert of("Optional[List[str]]") == ValueType("str", many=True)
+    assert of("Union[int, List[int], None]") == ValueType("int", many=True)
+    assert of("Union[str, list, Layout]") == ValueType("str")
+    assert of("Optional[Callable]") is None
+    assert of("torch.dtype") is None
+
+
+def test_the_reference_of_flags_is_up_to_date():
+    subprocess.run([sys.executable, "tools/write_flags_doc.py", "--check"], cwd=ROOT, check=True)
