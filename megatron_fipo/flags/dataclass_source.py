@@ -4,6 +4,7 @@ warnings. Knows names, annotations, defaults and the docstrings under the fields
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,8 +23,9 @@ class SourceField:
     doc: str
 
 
-def read_fields(path: Path, class_name: str) -> list[SourceField]:
-    """The fields of class `class_name` in `path`, in order, without those of its bases.
+@functools.cache
+def read_fields(path: Path, class_name: str) -> tuple[SourceField, ...]:
+    """The fields of class `class_name` in `path`, in order, without those of its bases. A file is parsed once.
 
     Raises ValueError when the file or the class is not there.
     """
@@ -31,7 +33,7 @@ def read_fields(path: Path, class_name: str) -> list[SourceField]:
         raise ValueError(f"{path} does not exist: is the installed package a version this project supports?")
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef) and node.name == class_name:
-            return list(_fields_of(node))
+            return tuple(_fields_of(node))
     raise ValueError(f"{path} holds no class {class_name}")
 
 
