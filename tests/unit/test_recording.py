@@ -1,0 +1,123 @@
+"""Recorded rollouts: exact, atomic, and clear about what is missing or damaged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_fipo.trainer.recording import group_from_dict, group_to_dict, read_rollouts, write_rollouts
+from megatron_fipo.types import Group, Problem, Prompt, RewardResult, Sample
+
+ODD_FLOATS = np.array(
+    [-0.1, -1e-38, -1e-45, -0.0, -3.4e38, -np.inf, np.nextafter(np.float32(-1), np.float32(0))], np.float32
+)
+
+
+def make_groups() -> list[Group]:
+    chat = Problem("a:1", ({"role": "user", "content": "1+1?\u2028\x00"},), "2", "1+1=", {"nested": {"list": [1, 2.5]}})
+    plain = Problem("b:2@1", "é\n\ud800", "")
+    rng = np.random.default_rng(0)
+    groups = []
+    for problem in (chat, plain):
+        samples = []
+        for i, n in enumerate((7, 0, 5)):
+            logprobs = ODD_FLOATS if n == 7 else -rng.random(n, dtype=np.float32)
+            result = RewardResult(0.1 + 0.2, 1.0, None if i else "2")
+            ids = rng.integers(0, 2**40, n)
+            samples.append(Sample(f"{problem.uid}/{i}", ids, logprobs, "stop", i, "text\n", result, -1 / 3))
+        groups.append(Group(Prompt(problem, np.array([5, 6])), tuple(samples)))
+    return groups
+
+
+def test_groups_survive_a_recording_bit_for_bit(tmp_path: Path) -> None:
+    groups = make_groups()
+    metrics = {"num_gen_batches": 3, "time/generation_s": 0.1 + 0.2}
+    path = write_rollouts(str(tmp_path / "new"), 12, groups, metrics)
+    assert path.name == "step_000012.jsonl"
+    found, found_metrics = read_rollouts(str(tmp_path / "new"), 12)
+    assert found_metrics == metrics
+    assert [group.prompt.problem for group in found] == [group.prompt.problem for group in groups]
+    for group, again in zip(groups, found, strict=True):
+        assert again.prompt.token_ids.tolist() == group.prompt.token_ids.tolist()
+        for a, b in zip(group.samples, again.samples, strict=True):
+            assert b.rollout_logprobs.tobytes() == a.rollout_logprobs.tobytes()
+            assert b.response_ids.tobytes() == a.response_ids.tobytes()
+            assert (b.rollout_logprobs.dtype, b.response_ids.dtype) == (np.float32, np.int64)
+            assert (a.uid, a.finish_reason, a.weight_version, a.text) == (
+                b.uid,
+                b.finish_reason,
+                b.weight_version,
+                b.text,
+            )
+            assert (a.result, a.reward) == (b.result, b.reward)
+
+
+def test_a_step_is_replaced_whole_and_no_temporary_file_stays(tmp_path: Path) -> None:
+    groups = make_groups()
+    write_rollouts(str(tmp_path), 1, groups, {})
+    write_rollouts(str(tmp_path), 1, groups[:1], {})
+    assert len(read_rollouts(str(tmp_path), 1)[0]) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000001.jsonl"]
+
+
+def test_a_failed_recording_leaves_the_old_one(tmp_path: Path) -> None:
+    groups = make_groups()
+    write_rollouts(str(tmp_path), 1, groups, {})
+    bad = Group(Prompt(Problem("x", "?", "", extra={"when": object()}), np.array([1])), ())
+    with pytest.raises(TypeError):
+        write_rollouts(str(tmp_path), 1, [bad], {})
+    assert len(read_rollouts(str(tmp_path), 1)[0]) == 2
+
+
+def test_a_missing_step_says_which_there_are(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--replay-rollouts is .*nowhere'.*no step 3 \(it holds none\)"):
+        read_rollouts(str(tmp_path / "nowhere"), 3)
+    for step in (1, 2):
+        write_rollouts(str(tmp_path), step, make_groups(), {})
+    with pytest.raises(ValueError, match=r"no step 3 \(it holds 2 steps from 1 to 2\)"):
+        read_rollouts(str(tmp_path), 3)
+
+
+def test_a_file_cut_off_anywhere_is_an_error(tmp_path: Path) -> None:
+    path = write_rollouts(str(tmp_path), 1, make_groups(), {})
+    content = path.read_bytes()
+    for size in range(0, len(content) - 1, 7):
+        path.write_bytes(content[:size])
+        with pytest.raises(ValueError, match=r"step_000001\.jsonl"):
+            read_rollouts(str(tmp_path), 1)
+    path.write_bytes(content[: content.rindex(b"\n", 0, -1) + 1])
+    with pytest.raises(ValueError, match="holds 1 groups, but its header says 2: it is cut off"):
+        read_rollouts(str(tmp_path), 1)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("[]", "line 2: found list, wanted an object"),
+        ("{}", "line 2: not a recorded group: KeyError: 'problem'"),
+        ('{"problem": {"uid": 1}, "prompt_ids": [], "samples": []}', "line 2: not a recorded group"),
+        ("{", "line 2: not JSON"),
+    ],
+)
+def test_a_damaged_line_is_named(tmp_path: Path, line: str, message: str) -> None:
+    path = write_rollouts(str(tmp_path), 1, make_groups()[:1], {})
+    path.write_text(path.read_text().splitlines()[0] + "\n" + line + "\n")
+    with pytest.raises(ValueError, match=message):
+        read_rollouts(str(tmp_path), 1)
+
+
+def test_another_steps_or_formats_file_is_refused(tmp_path: Path) -> None:
+    path = write_rollouts(str(tmp_path), 1, make_groups(), {})
+    path.rename(tmp_path / "step_000002.jsonl")
+    with pytest.raises(ValueError, match="line 1: found no header of format 1 for step 2"):
+        read_rollouts(str(tmp_path), 2)
+
+
+def test_tokens_and_logprobs_of_unequal_number_are_refused() -> None:
+    data = json.loads(json.dumps(group_to_dict(make_groups()[0])))
+    data["samples"][0]["rollout_logprobs"].pop()
+    with pytest.raises(ValueError, match="'a:1/0' has unequal numbers of tokens and log-probs"):
+        group_from_dict(data)
