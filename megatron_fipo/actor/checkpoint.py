@@ -87,7 +87,9 @@ def verify_checkpoint(directory: Path) -> dict[str, Any]:
                 raise CheckpointError(f"{directory / name} is missing, but the checkpoint's manifest lists it")
             size = (directory / name).stat().st_size
             if size != entry["size_bytes"]:
-                raise CheckpointError(f"{directory / name} has {size} bytes, but the manifest says {entry['size_bytes']}")
+                raise CheckpointError(
+                    f"{directory / name} has {size} bytes, but the manifest says {entry['size_bytes']}"
+                )
             if _sha256(directory / name) != entry["sha256"]:
                 raise CheckpointError(f"{directory / name} does not have the SHA-256 its manifest says: it was changed")
     except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:

@@ -192,4 +192,3 @@ def _block_spec(config: TransformerConfig, num_layers: int, transformer_impl: st
 
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True)
     raise ValueError(f"--transformer-impl is {transformer_impl!r}, but must be local or transformer_engine")
-

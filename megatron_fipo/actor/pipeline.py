@@ -82,9 +82,7 @@ def accumulate_gradients(
 
     Returns the token statistics per micro-batch on the last stage, an empty list on the others.
     """
-    loss_of = functools.partial(
-        _policy_loss, algorithm=algorithm, settings=settings, max_response_len=max_response_len
-    )
+    loss_of = functools.partial(_policy_loss, algorithm=algorithm, settings=settings, max_response_len=max_response_len)
     return _run(model, batches, loss_of, forward_only=False)
 
 

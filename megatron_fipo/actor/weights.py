@@ -43,8 +43,7 @@ def load_hf_weights(
 def weight_table(model: nn.Module, arch: Architecture, layout: ParallelLayout, groups: Groups) -> WeightTable:
     """Collect every stage's parameter names and shapes. Collective over the pipeline axis."""
     mine = tuple(
-        (name, tuple(parameter.shape))
-        for name, parameter in _global_parameters(unwrapped(model), arch, layout).items()
+        (name, tuple(parameter.shape)) for name, parameter in _global_parameters(unwrapped(model), arch, layout).items()
     )
     stages: list[tuple[tuple[str, tuple[int, ...]], ...]] = [()] * layout.pp
     dist.all_gather_object(stages, mine, group=groups.pp)

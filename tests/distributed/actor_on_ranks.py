@@ -10,33 +10,36 @@ from tiny_models import make_sequences
 
 from megatron_fipo.actor import pipeline
 from megatron_fipo.actor.actor import Actor, build_actor
-from megatron_fipo.actor.setup import initialize_model_parallel
+from megatron_fipo.actor.setup import Groups, initialize_model_parallel
 from megatron_fipo.actor.weights import export_weights
 from megatron_fipo.config import LOSS_SETTINGS, FIPOSettings, PPOSettings
 from megatron_fipo.parallel import ParallelLayout
 from megatron_fipo.patches.megatron_cpu import apply_patches
-from megatron_fipo.trainer.exchange import scatter_shares, shares_of
+from megatron_fipo.trainer.exchange import scatter_shares
 from megatron_fipo.weights.architecture import read_architecture
 from megatron_fipo.weights.hf_files import HFWeights
 
 OPTIMIZER = {"lr": 1e-3, "weight_decay": 0.1, "clip_grad": 1.0, "adam_beta2": 0.999, "adam_eps": 1e-4}
 
 
+def make_groups(*, tp: int = 1, pp: int = 1, sp: bool = False) -> tuple[ParallelLayout, Groups]:
+    """The layout over all ranks of the running gloo job, and its groups."""
+    apply_patches()
+    layout = ParallelLayout.for_world(dist.get_world_size(), dist.get_rank(), tp=tp, pp=pp, sequence_parallel=sp)
+    return layout, initialize_model_parallel(layout, seed=1, timeout_minutes=5)
+
+
 def make_actor(
     model_dir: str,
+    layout: ParallelLayout,
+    groups: Groups,
     *,
-    tp: int = 1,
-    pp: int = 1,
-    sp: bool = False,
     budget: int = 64,
     bf16: bool = False,
     distributed_optimizer: bool = True,
     transformer: dict[str, Any] | None = None,
 ) -> Actor:
-    """An actor over all ranks of the running gloo job."""
-    apply_patches()
-    layout = ParallelLayout.for_world(dist.get_world_size(), dist.get_rank(), tp=tp, pp=pp, sequence_parallel=sp)
-    groups = initialize_model_parallel(layout, seed=1, timeout_minutes=5)
+    """An actor with the checkpoint's weights."""
     return build_actor(
         read_architecture(model_dir),
         HFWeights(model_dir),
@@ -61,46 +64,54 @@ def settings_for(algorithm: str, semantics: str) -> PPOSettings:
     return LOSS_SETTINGS[algorithm]
 
 
+def run_cases(
+    model_dir: str,
+    old_logprobs: list[torch.Tensor],
+    num_sequences: int,
+    layout: dict[str, Any],
+    cases: list[dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """`run_updates` for several cases in one layout."""
+    made = make_groups(**layout)
+    return [run_updates(model_dir, old_logprobs, num_sequences, *made, **case) for case in cases]
+
+
 def run_updates(
     model_dir: str,
     old_logprobs: list[torch.Tensor],
     num_sequences: int,
+    layout: ParallelLayout,
+    groups: Groups,
+    *,
     algorithm: str = "fipo",
     semantics: str = "paper",
     reverse: bool = False,
-    **layout: Any,
+    **actor_options: Any,
 ) -> dict[str, Any]:
-    """The gradients of the first mini-batch, then two optimizer steps; on rank 0 grads, metrics, parameters."""
-    actor = make_actor(model_dir, **layout)
+    """The gradients of the first mini-batch, then two optimizer steps; on rank 0 gradients, metrics, parameters."""
+    actor = make_actor(model_dir, layout, groups, **actor_options)
     sequences = make_sequences(num_sequences)
     position = {sequence.uid: i for i, sequence in enumerate(sequences)}
     if reverse:
         half = num_sequences // 2
         sequences = sequences[:half][::-1] + sequences[half:][::-1]
-    mine = scatter_shares(sequences if actor.layout.rank == 0 else None, 2, actor.layout, actor.groups.control)
-    assert [len(m) for m in mine] == [len(m) for m in shares_of(sequences, 2, actor.layout)[actor.layout.dp_rank]]
+    mine = scatter_shares(sequences if layout.rank == 0 else None, 2, layout, groups.control)
     settings = settings_for(algorithm, semantics)
 
     def old_of(mini_batch: list[Any]) -> list[torch.Tensor]:
         return [old_logprobs[position[sequence.uid]] for sequence in mini_batch]
 
     result: dict[str, Any] = {}
-    logprobs, entropies = actor.old_logprobs(mine[0])
-    if not actor.layout.is_last_stage:
-        assert not logprobs
-        assert not entropies
-    if not actor.model.ddp_config.use_distributed_optimizer:
+    if not actor.model.ddp_config.use_distributed_optimizer:  # whose ranks hold whole gradients
         actor.model.zero_grad_buffer()
-        batches = actor._packed(mine[0], old_of(mine[0]) if actor.layout.is_last_stage else None)
+        batches = actor._packed(mine[0], old_of(mine[0]) if layout.is_last_stage else None)
         pipeline.accumulate_gradients(
             actor.model, batches, algorithm=algorithm, settings=settings, max_response_len=actor.max_response_len
         )
-        gradients = export_weights(
-            actor.model, actor.arch, actor.layout, actor.groups, actor.table, read=lambda p: p.main_grad
-        )
+        gradients = export_weights(actor.model, actor.arch, layout, groups, actor.table, read=lambda p: p.main_grad)
         result["gradients"] = {name: gradient.clone() for name, gradient in gradients}
     metrics = [actor.update(m, old_of(m), algorithm=algorithm, settings=settings) for m in mine]
     result["parameters"] = {name: value.clone() for name, value in actor.export_weights()}
-    if actor.layout.rank == 0:
+    if layout.rank == 0:
         result["metrics"] = metrics
     return result

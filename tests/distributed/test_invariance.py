@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from actor_on_ranks import OPTIMIZER, run_updates, settings_for
+from actor_on_ranks import OPTIMIZER, run_cases, settings_for
 from tiny_models import hf_logprobs, make_old_logprobs, make_sequences, save_model
 
 from megatron_fipo.losses import LOSSES
@@ -16,16 +16,24 @@ from megatron_fipo.ops.packing import pack
 NUM_SEQUENCES = 12
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),
-    "small budget": (1, {"budget": 31}),
-    "one sequence order reversed": (1, {"reverse": True, "budget": 50}),
     "tp2": (2, {"tp": 2}),
-    "tp2 sp": (2, {"tp": 2, "sp": True, "budget": 47}),
-    "pp2": (2, {"pp": 2, "budget": 40}),
+    "tp2 sp": (2, {"tp": 2, "sp": True}),
+    "pp2": (2, {"pp": 2}),
     "dp2": (2, {}),
-    "tp2 pp2": (4, {"tp": 2, "pp": 2, "budget": 33}),
+    "tp2 pp2": (4, {"tp": 2, "pp": 2}),
     "tp2 sp pp2": (4, {"tp": 2, "pp": 2, "sp": True}),
-    "pp2 dp2": (4, {"pp": 2, "reverse": True}),
+    "pp2 dp2": (4, {"pp": 2}),
+    "tp2 sp dp2": (4, {"tp": 2, "sp": True}),
 }
+# gradients are compared where every rank holds them whole; the distributed optimizer by what it does to parameters
+CASES: list[dict[str, Any]] = [
+    {"semantics": "paper", "budget": 64, "distributed_optimizer": False},
+    {"semantics": "paper", "budget": 31, "reverse": True},
+    {"semantics": "released", "budget": 1000, "reverse": True, "distributed_optimizer": False},
+    {"semantics": "released", "budget": 47},
+    {"algorithm": "dapo", "budget": 40},
+    {"algorithm": "grpo", "budget": 40, "distributed_optimizer": False},
+]
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +80,10 @@ def reference(directory: Path, algorithm: str, semantics: str) -> dict[str, Any]
             result["gradients"] = {name: p.grad.clone() for name, p in model.named_parameters()}
         torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER["clip_grad"])
         optimizer.step()
-        result["metrics"].append({"pg_loss": float(loss.detach()), "num_kept": float(info["num_kept"])} | {
-            name: float(value) for name, value in info.items() if isinstance(value, (int, float))
-        })
+        result["metrics"].append(
+            {"pg_loss": float(loss.detach()), "num_kept": float(info["num_kept"])}
+            | {name: float(value) for name, value in info.items() if isinstance(value, (int, float))}
+        )
     result["changes"] = {name: p.detach() - before[name] for name, p in model.named_parameters()}
     result["before"] = before
     return result
@@ -94,20 +103,31 @@ def assert_same_update(found: dict[str, Any], wanted: dict[str, Any]) -> None:
         assert (made - change).abs().max() <= 1e-5, name
 
 
-@pytest.mark.parametrize("semantics", ["paper", "released"])
+@pytest.fixture(scope="module")
+def references(model_dir: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    keys = {(case.get("algorithm", "fipo"), case.get("semantics", "paper")) for case in CASES}
+    return {key: reference(model_dir, *key) for key in keys}
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_update_is_the_same_in_every_layout(
-    layout: str, semantics: str, model_dir: Path, run_ranks: Any
+    layout: str, model_dir: Path, references: dict[tuple[str, str], dict[str, Any]], run_ranks: Any
 ) -> None:
     num_ranks, options = LAYOUTS[layout]
-    wanted = reference(model_dir, "fipo", semantics)
     kwargs = {
         "model_dir": str(model_dir),
-        "old_logprobs": wanted["old"],
+        "old_logprobs": references["fipo", "paper"]["old"],
         "num_sequences": NUM_SEQUENCES,
-        "semantics": semantics,
-        **options,
+        "layout": options,
+        "cases": CASES,
     }
-    # gradients are compared where every rank holds them whole, the distributed optimizer by what it does to parameters
-    found = run_ranks(num_ranks, run_updates, {**kwargs, "distributed_optimizer": semantics == "paper"})[0]
-    assert_same_update(found, wanted)
+    for case, found in zip(CASES, run_ranks(num_ranks, run_cases, kwargs)[0]):
+        wanted = references[case.get("algorithm", "fipo"), case.get("semantics", "paper")]
+        assert_same_update(found, wanted)
+        assert ("gradients" in found) == (case.get("distributed_optimizer") is False)
+
+
+def test_the_cases_exercise_what_they_claim(references: dict[tuple[str, str], dict[str, Any]]) -> None:
+    released, paper = references["fipo", "released"]["metrics"], references["fipo", "paper"]["metrics"]
+    assert released[0]["num_kept"] < paper[0]["num_kept"]  # a sequence was dropped
+    assert paper[0]["influence_weights_min"] < 1.0 < paper[0]["influence_weights_max"]
