@@ -1,0 +1,28 @@
+"""The CPU platform: plain PyTorch operators, gloo, no graph capture (see plugin.py for why it exists).
+
+Why, Upstream, Drop-when, Test: as in plugin.py. Imported by SGLang only, when plugin.activate() has named it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+
+
+class NativeCpuPlatform(CpuDeviceMixin, SRTPlatform):
+    """SGLang's CPU device operations with the native (pure PyTorch) forward of every layer."""
+
+    _enum = PlatformEnum.OOT
+    capabilities = PlatformCapabilities()
+
+    def get_default_attention_backend(self) -> str:
+        return "torch_native"
+
+    def is_pin_memory_available(self, device: Any = None) -> bool:
+        return False
+
+    def get_dispatch_key_name(self) -> str:
+        return "native"
