@@ -136,7 +136,7 @@ install_torch() {
 
 # Says so before pip begins to download a CUDA build of torch.
 announce_cuda() {
-    "$VENV/bin/python" -c 'import torch' 2>>"$LOG" && return
+    "$VENV/bin/python" -c 'import importlib.metadata as m; m.version("torch")' 2>>"$LOG" && return
     pip_install -r "$ROOT/requirements/torch.txt" --dry-run --ignore-installed --no-deps --use-feature=fast-deps \
         --report "$VENV/torch.json"
     local packages

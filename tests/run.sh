@@ -1,0 +1,104 @@
+#!/usr/bin/env bash
+# Sets up what is missing, then runs the tests: bash tests/run.sh [unit|distributed|e2e|all] [pytest arguments]
+#
+# `unit` includes ruff and mypy. Stops at the first part that fails. However it ends, no process is left behind.
+set -euo pipefail
+
+# A shell that starts this in its background makes it ignore SIGINT, which bash cannot undo by itself.
+if [[ -z ${TESTS_RUN_REEXECUTED:-} ]]; then
+    TESTS_RUN_REEXECUTED=1 exec env --default-signal=INT,TERM bash "$0" "$@"
+fi
+unset TESTS_RUN_REEXECUTED
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+PYTHON=$ROOT/.venv/bin/python
+MARK=TESTS_RUN_ID=$$-$RANDOM$RANDOM # in the environment of every process of this run, and of theirs
+CHILD=
+
+survivors() {
+    grep -lsazE "^$MARK\$" /proc/[0-9]*/environ | cut -d / -f 3 || true
+}
+
+# Runs a command in a process group of its own, so that a signal to this script alone reaches all of it.
+run() {
+    set -m
+    env "$MARK" "$@" </dev/null &
+    CHILD=$!
+    set +m
+    local status=0
+    wait "$CHILD" || status=$?
+    CHILD=
+    local left
+    left=$(survivors)
+    if [[ -n $left ]]; then
+        sleep 2 # a process that is on its way out may finish
+        left=$(survivors)
+    fi
+    if [[ -n $left ]]; then
+        printf 'left running by %s:\n' "$*" >&2
+        # shellcheck disable=SC2086
+        ps -o pid=,args= -p "${left//$'\n'/,}" >&2 || true
+        kill -KILL $left 2>/dev/null || true
+        status=1
+    fi
+    return "$status"
+}
+
+stop() {
+    trap '' INT TERM
+    printf 'tests: interrupted\n' >&2
+    if [[ -n $CHILD ]]; then
+        kill -INT -- "-$CHILD" 2>/dev/null || true
+        local tick left
+        for tick in {1..100}; do # pytest ends its own processes first
+            kill -0 "$CHILD" 2>/dev/null || break
+            sleep 0.1
+        done
+        for tick in {1..10}; do
+            left=$(survivors)
+            [[ -n $left ]] || break
+            sleep 0.1
+        done
+        # shellcheck disable=SC2086
+        [[ -z $left ]] || kill -KILL $left 2>/dev/null || true
+    fi
+    exit 130
+}
+trap stop INT TERM
+
+part() {
+    local name=$1
+    shift
+    printf '== tests: %s\n' "$name" >&2
+    local status=0
+    if [[ $name == unit ]]; then
+        run "$PYTHON" -m ruff check . || status=1
+        run "$PYTHON" -m ruff format --check --quiet . || status=1
+        run "$PYTHON" -m mypy || status=1
+        [[ $status == 0 ]] || return 1
+    fi
+    run "$PYTHON" -m pytest "tests/$name" "$@" || status=$?
+    # 5: nothing collected, which is right when the caller selected the tests
+    [[ $status == 0 ]] || { [[ $status == 5 && $# -gt 0 ]]; }
+}
+
+PARTS=(unit distributed e2e)
+case ${1:-all} in
+    unit | distributed | e2e) PARTS=("$1") && shift ;;
+    all) shift $(($# > 0)) ;;
+    -* | *::* | */*) ;; # pytest arguments alone
+    *)
+        printf 'tests/run.sh: %s is no part of the tests; parts are unit, distributed, e2e, all\n' "$1" >&2
+        exit 2
+        ;;
+esac
+
+cd "$ROOT"
+export OMP_NUM_THREADS=1
+run bash examples/setup_env.sh
+for name in "${PARTS[@]}"; do
+    part "$name" "$@" || {
+        printf '== tests: %s failed\n' "$name" >&2
+        exit 1
+    }
+done
