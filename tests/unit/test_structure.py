@@ -18,7 +18,9 @@ MAX_FUNCTION_LINES = 80
 
 DATA = frozenset({"types", "config", "parallel"})
 MIDDLE = frozenset({"ops", "losses", "data", "rewards", "weights", "metrics"})
-MAY_IMPORT: dict[str, frozenset[str]] = {  # a part of the package, and the other parts it may import
+# A part of the package, and the other parts it may import. Other modules directly in megatron_fipo/ put a run together:
+# they may import everything, and since no part may import them, nothing below does.
+MAY_IMPORT: dict[str, frozenset[str]] = {
     **dict.fromkeys(DATA, DATA),
     **dict.fromkeys(MIDDLE, DATA | MIDDLE),
     "flags": DATA,
@@ -29,7 +31,6 @@ MAY_IMPORT: dict[str, frozenset[str]] = {  # a part of the package, and the othe
     "trainer": DATA | MIDDLE,
     "arguments": DATA | MIDDLE | {"flags"},
 }
-TOP = frozenset({"train", "launch", "assembly", "checks"})  # put a run together: no floor below imports them
 MAY_IMPORT_LIBRARY = {
     "megatron": {"actor", "patches"},
     "sglang": {"rollout", "patches"},
@@ -123,7 +124,7 @@ def test_the_product_is_found() -> None:
 def test_imports_only_go_down() -> None:
     found = []
     for source in product():
-        if source.part in TOP or not source.part:
+        if source.part not in MAY_IMPORT and source.module.count(".") <= 1 and source.path.parent.name == PACKAGE:
             continue
         assert source.part in MAY_IMPORT, f"{source.where}: which floor is {source.part!r} on? Add it to MAY_IMPORT"
         allowed = MAY_IMPORT[source.part] | {source.part}
