@@ -132,7 +132,7 @@ def test_imports_only_go_down() -> None:
             parts = name.split(".")
             if parts[0] == PACKAGE and len(parts) > 1 and parts[1] not in allowed:
                 found.append(f"{source.where}:{line}: {source.part} imports {name}")
-    assert found == []
+    assert not found, "\n".join(found)
 
 
 def test_megatron_sglang_and_triton_stay_in_their_rooms() -> None:
@@ -142,7 +142,7 @@ def test_megatron_sglang_and_triton_stay_in_their_rooms() -> None:
             rooms = MAY_IMPORT_LIBRARY.get(name.split(".")[0])
             if rooms is not None and source.part not in rooms:
                 found.append(f"{source.where}:{line}: imports {name}")
-    assert found == []
+    assert not found, "\n".join(found)
 
 
 def test_the_rooms_of_patches_do_not_mix() -> None:
@@ -155,7 +155,7 @@ def test_the_rooms_of_patches_do_not_mix() -> None:
         or (source.part == "rollout" and name.startswith(f"{PACKAGE}.patches.megatron"))
         or (source.part == "actor" and name.startswith(f"{PACKAGE}.patches.sglang"))
     ]
-    assert found == []
+    assert not found, "\n".join(found)
 
 
 def test_parallel_state_is_touched_in_one_file() -> None:
@@ -218,13 +218,13 @@ def test_files_and_functions_stay_small() -> None:
                 length = node.end_lineno - node.lineno + 1
                 if length >= MAX_FUNCTION_LINES:
                     found.append(f"{source.where}:{node.lineno}: {node.name} has {length} lines")
-    assert found == []
+    assert not found, "\n".join(found)
 
 
 def test_no_module_is_a_grab_bag() -> None:
     sources = [*product(), *programs(), *suite()]
     found = [source.where for source in sources if FORBIDDEN_NAMES & {source.path.stem, source.path.parent.name}]
-    assert found == []
+    assert not found, "\n".join(found)
 
 
 def test_public_names_have_docstrings() -> None:
@@ -237,7 +237,7 @@ def test_public_names_have_docstrings() -> None:
             is_definition = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
             if is_definition and not node.name.startswith("_") and not ast.get_docstring(node):
                 found.append(f"{source.where}:{node.lineno}: {node.name}")
-    assert found == []
+    assert not found, "\n".join(found)
 
 
 def test_no_forbidden_call() -> None:
@@ -246,7 +246,7 @@ def test_no_forbidden_call() -> None:
         for source in [*product(), *programs()]
         for line, what in forbidden_calls(tree_of(source))
     ]
-    assert found == []
+    assert not found, "\n".join(found)
 
 
 def forbidden_calls(tree: ast.Module) -> Iterator[tuple[int, str]]:
@@ -281,7 +281,7 @@ def test_no_error_is_swallowed() -> None:
                 names = set() if node.type is None else set(re.findall(r"\w+", ast.unparse(node.type)))
                 if node.type is None or names & {"Exception", "BaseException"}:
                     found.append(f"{source.where}:{node.lineno}")
-    assert found == []
+    assert not found, "\n".join(found)
 
 
 def test_no_path_of_a_machine() -> None:
@@ -297,7 +297,7 @@ def test_no_path_of_a_machine() -> None:
         for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
             if MACHINE_PATH.search(line):
                 found.append(f"{name}:{number}: {line.strip()[:80]}")
-    assert found == []
+    assert not found, "\n".join(found)
 
 
 def test_every_patch_says_why_and_until_when() -> None:
@@ -312,4 +312,4 @@ def test_every_patch_says_why_and_until_when() -> None:
             test = ROOT / path
             if not test.is_file() or (function and f"def {function}(" not in test.read_text()):
                 found.append(f"{source.where}: names a test that is not there: {path}{function and '::' + function}")
-    assert found == []
+    assert not found, "\n".join(found)
