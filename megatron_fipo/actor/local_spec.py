@@ -1,10 +1,11 @@
-"""The transformer layers without Transformer Engine: packed attention through SDPA, a norm that knows sequence parallel.
+"""Transformer layers without Transformer Engine: packed attention through SDPA, a norm that knows sequence parallel.
 
 megatron-core's own local layers refuse packed sequences (DotProductAttention) and sequence-parallel norms.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ class PackedAttention(nn.Module):
         """query [T, heads, d], key and value [T, groups, d] -> [T, heads * d]."""
         assert packed_seq_params is not None, "the actor always packs"
         cu_seqlens = packed_seq_params.cu_seqlens_q.tolist()
-        lengths = [end - start for start, end in zip(cu_seqlens, cu_seqlens[1:])]
+        lengths = [end - start for start, end in itertools.pairwise(cu_seqlens)]
         repeat = query.size(1) // key.size(1)
         key, value = (x.repeat_interleave(repeat, dim=1) for x in (key, value))
         splits = [x.split(lengths) for x in (query, key, value)]

@@ -110,7 +110,7 @@ class PolicyModel(GPTModel):
 
 
 class _SumGradients(torch.autograd.Function):
-    """Identity forward; backward sums the gradient over the tensor-parallel ranks, each of which saw its own columns."""
+    """Identity forward; backward sums the gradient over the tensor-parallel ranks: each saw its own columns only."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:

@@ -29,6 +29,9 @@ def build_optimizer(
         config, [model], config_overrides=standard_overrides(config), use_gloo_process_groups=False
     )
     model.config.grad_scale_func = optimizer.scale_loss
+    if next(model.parameters()).device.type == "cpu":
+        for group in optimizer.param_groups:
+            group["fused"] = True  # torch's AdamW in one pass over memory instead of ten
     return optimizer
 
 

@@ -89,7 +89,7 @@ def accumulate_gradients(
 def _policy_loss(
     batch: PackedBatch, output: Tensor, *, algorithm: str, settings: PPOSettings, max_response_len: int
 ) -> tuple[Tensor, Tensor, TokenStats]:
-    """Megatron's 3-tuple: the local loss sum, the number of kept tokens or sequences, what to keep of this micro-batch."""
+    """Megatron's 3-tuple: local loss sum, number of kept tokens or sequences, what to keep of this micro-batch."""
     assert batch.old_logprobs is not None, "the old log-prob pass comes before the update"
     loss, info = LOSSES[algorithm](
         output[0],

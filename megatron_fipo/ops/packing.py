@@ -1,4 +1,4 @@
-"""From sequences to packed micro-batches: balanced shares, a token budget, no padding. Deterministic, no process group."""
+"""From sequences to packed micro-batches: balanced shares, a token budget, no padding. Deterministic."""
 
 from __future__ import annotations
 

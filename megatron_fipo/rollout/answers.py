@@ -36,7 +36,8 @@ def generate_payload(requests: Sequence[GenerateRequest], *, seeded: bool) -> di
 
 
 def prefix_payload(requests: Sequence[GenerateRequest]) -> dict[str, Any] | None:
-    """A /generate call that only fills the prefix cache with each prompt that several requests share; None if none is."""
+    """A /generate call that only fills the prefix cache with each prompt that several requests share; None if there is
+    no such prompt."""
     counts: dict[bytes, int] = {}
     for request in requests:
         counts[request.prompt_ids.tobytes()] = counts.get(request.prompt_ids.tobytes(), 0) + 1

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from megatron_fipo.rollout.engine import EngineError
 from megatron_fipo.rollout.weight_bucket import WeightBucket
 from megatron_fipo.types import Completion, GenerateRequest
+
+T = TypeVar("T")
 
 
 class AsyncEngine(Protocol):
@@ -141,9 +143,9 @@ def spread_requests(requests: Sequence[GenerateRequest], num_engines: int) -> li
     return [sorted(share) for share in shares]
 
 
-async def _all(*calls: object) -> list:
+async def _all(*calls: Coroutine[Any, Any, T]) -> list[T]:
     """Run the calls together; on the first failure cancel the others and raise it."""
-    tasks = [asyncio.ensure_future(call) for call in calls]  # type: ignore[arg-type]
+    tasks = [asyncio.create_task(call) for call in calls]
     try:
         return await asyncio.gather(*tasks)
     finally:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import psutil
@@ -16,13 +15,15 @@ _SHM = "/dev/shm/"
 _LEFT_BEHIND = ("sglang_loads_", "sgl_shm_", "sem.mp-", "psm_")
 
 
-def stop_process_group(group_id: int, scratch_dir: str, *, timeout_s: float = 10.0) -> None:
+def stop_process_group(
+    group_id: int, scratch_dir: str, known_segments: frozenset[Path] = frozenset(), *, timeout_s: float = 10.0
+) -> None:
     """Kill every process of the group except the caller, wait for their end, remove their shared memory and scratch.
 
-    Raises TimeoutError if a process outlives SIGKILL by `timeout_s` (it hangs in the kernel).
+    `known_segments`: what `shared_memory_of` found earlier, for a group that has already lost processes. Raises TimeoutError if a process outlives SIGKILL by `timeout_s` (it hangs in the kernel).
     """
     members = group_members(group_id)
-    segments = _segments_of(members)
+    segments = known_segments | _segments_of(members)
     for member in members:
         _kill(member)
     _, alive = psutil.wait_procs(members, timeout=timeout_s)
@@ -31,6 +32,11 @@ def stop_process_group(group_id: int, scratch_dir: str, *, timeout_s: float = 10
     shutil.rmtree(scratch_dir, ignore_errors=True)
     if alive:
         raise TimeoutError(f"processes {[member.pid for member in alive]} of the engine outlived SIGKILL")
+
+
+def shared_memory_of(group_id: int) -> frozenset[Path]:
+    """The files of /dev/shm that the group's processes will leave behind if they are killed."""
+    return _segments_of(group_members(group_id))
 
 
 def group_members(group_id: int) -> list[psutil.Process]:
@@ -45,8 +51,8 @@ def group_members(group_id: int) -> list[psutil.Process]:
     return members
 
 
-def _segments_of(members: list[psutil.Process]) -> set[Path]:
-    """The files of /dev/shm that only this engine's processes use, found in their memory maps."""
+def _segments_of(members: list[psutil.Process]) -> frozenset[Path]:
+    """Found in the processes' memory maps."""
     segments = set()
     for member in members:
         try:
@@ -57,7 +63,7 @@ def _segments_of(members: list[psutil.Process]) -> set[Path]:
             path = line[line.find(_SHM) :] if _SHM in line else ""
             if path.removeprefix(_SHM).startswith(_LEFT_BEHIND):
                 segments.add(Path(path.removesuffix(" (deleted)")))
-    return segments
+    return frozenset(segments)
 
 
 def _kill(process: psutil.Process) -> None:
@@ -65,13 +71,3 @@ def _kill(process: psutil.Process) -> None:
         process.send_signal(signal.SIGKILL)
     except psutil.NoSuchProcess:
         return  # ended meanwhile
-
-
-def wait_for_exit(process: psutil.Process, timeout_s: float) -> bool:
-    """Whether the process has ended within the time."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
-            return True
-        time.sleep(0.05)
-    return False

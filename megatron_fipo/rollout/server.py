@@ -1,8 +1,8 @@
 """The program of an engine's process: `python -m megatron_fipo.rollout.server`, one SGLang HTTP server.
 
-Reads one line of JSON from stdin: `{"server_args": {...}, "use_cpu": bool, "scratch_dir": "..."}`, where server_args are
-SGLang's ServerArgs. Stdin then stays open for as long as the trainer wants the engine: its end, or the trainer's death,
-ends this process and its whole process group (SGLang's schedulers and detokenizer).
+Reads one line of JSON from stdin: `{"server_args": {...}, "use_cpu": bool, "scratch_dir": "..."}`, where server_args
+are SGLang's ServerArgs. Stdin then stays open for as long as the trainer wants the engine: its end, or the trainer's
+death, ends this process and its whole process group (SGLang's schedulers and detokenizer).
 """
 
 from __future__ import annotations

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import socket
 import subprocess
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,14 +21,14 @@ import numpy as np
 from megatron_fipo.rollout import answers
 from megatron_fipo.rollout.engine import EngineError
 from megatron_fipo.rollout.log_tail import log_tail
-from megatron_fipo.rollout.process_group import stop_process_group
+from megatron_fipo.rollout.process_group import shared_memory_of, stop_process_group
 from megatron_fipo.rollout.weight_bucket import WeightBucket
 from megatron_fipo.types import Completion, GenerateRequest
 
 T = TypeVar("T")
 
 _LIVENESS_POLL_S = 0.25
-_READY_POLL_S = 0.1
+_READY_POLL_S = 0.2
 _EXIT_GRACE_S = 3.0  # a server whose connection broke is given this long to be seen dead
 _FLUSH_WAIT_S = 30.0  # SGLang answers a request shortly before its scheduler is idle
 
@@ -60,6 +59,7 @@ class SGLangEngine:
         self._server = server
         self._updating = False
         self._stopped = False
+        self._segments: frozenset[Path] = frozenset()
 
     def wait_ready(self) -> None:
         """Return once the server answers. EngineError if it ends or takes longer than its start timeout."""
@@ -70,10 +70,12 @@ class SGLangEngine:
         deadline = time.monotonic() + self._server.start_timeout_s
         async with aiohttp.ClientSession() as session:
             while not await _is_ready(session, self._server.url):
+                self._segments |= shared_memory_of(self.process_id)  # now: a process that fails to start takes its maps along
                 self.check_alive()
                 if time.monotonic() > deadline:
                     raise self._error(f"did not start within {self._server.start_timeout_s:g} s")
                 await asyncio.sleep(_READY_POLL_S)
+        self._segments |= shared_memory_of(self.process_id)
         self._server.port_reservation.close()
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
@@ -152,7 +154,7 @@ class SGLangEngine:
         server = self._server
         server.port_reservation.close()
         # The group goes first: its leader would race us for the clean-up once it sees stdin close.
-        stop_process_group(server.process.pid, server.scratch_dir)
+        stop_process_group(server.process.pid, server.scratch_dir, self._segments)
         server.process.wait()
         assert server.process.stdin is not None
         server.process.stdin.close()
@@ -191,7 +193,7 @@ class SGLangEngine:
             self.check_alive()
             await asyncio.sleep(_READY_POLL_S)
 
-    def _checked(self, read: Any) -> Any:
+    def _checked(self, read: Callable[[], list[T]]) -> list[T]:
         try:
             return read()
         except answers.BadAnswer as error:

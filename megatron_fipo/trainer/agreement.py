@@ -57,8 +57,9 @@ def agreement_metrics(
     }
 
 
-def require_agreement(metrics: dict[str, float], limit: float) -> None:
+def require_agreement(metrics: dict[str, float] | None, limit: float) -> None:
     """Raise EngineDisagrees when the mean mismatch exceeds `--engine-mismatch-limit`, or is NaN."""
+    assert metrics is not None, "called on rank 0"
     found = metrics["engine_mismatch/mean"]
     if not found <= limit:
         raise EngineDisagrees(

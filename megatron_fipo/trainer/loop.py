@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch.distributed as dist
@@ -67,7 +68,7 @@ def train(run: Run, *, first_step: int) -> None:
     """Run steps `first_step` + 1 .. `num_steps`. Weights of version v are those after v steps. All ranks together."""
     for step in range(first_step + 1, run.num_steps + 1):
         with run.log.stage("rollout"):
-            rollout = on_rank_zero(lambda step=step: run.collect(step), run.layout, run.control)
+            rollout = on_rank_zero(partial(run.collect, step), run.layout, run.control)
         run.start_training()
         with run.log.stage("logprobs"):
             mini_batches = scatter_shares(
@@ -78,9 +79,7 @@ def train(run: Run, *, first_step: int) -> None:
             agreement = agreement_metrics(
                 sequences, logprobs, entropies, weight_version=step - 1, layout=run.layout, control=run.control
             )
-            on_rank_zero(
-                lambda found=agreement: require_agreement(found, run.engine_mismatch_limit), run.layout, run.control
-            )
+            on_rank_zero(partial(require_agreement, agreement, run.engine_mismatch_limit), run.layout, run.control)
         with run.log.stage("update"):
             updates = _update(run, mini_batches, logprobs)
         with run.log.stage("sync"):

@@ -1,6 +1,6 @@
 """Let megatron-core's optimizers accept CPU tensors where they compare type names.
 
-Why: they sort parameters by `param.type()` and know only 'torch.cuda.FloatTensor', '...HalfTensor', '...BFloat16Tensor'.
+Why: they sort parameters by `param.type()`, whose only known names are 'torch.cuda.FloatTensor' and its half siblings.
 Upstream: DistributedOptimizer._build_model_and_main_param_groups, Float16OptimizerWithFloat16Params.__init__,
     clip_grads.clip_grad_by_total_norm_fp32 (also imported by name into optimizer.optimizer).
 Drop-when: they compare dtypes.

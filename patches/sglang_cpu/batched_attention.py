@@ -37,14 +37,26 @@ def register_batched_attention() -> None:
             )
 
         def forward_decode(
-            self, q: Tensor, k: Tensor, v: Tensor, layer: Any, forward_batch: Any, save_kv_cache: bool = True
+            self,
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            layer: Any,
+            forward_batch: Any,
+            save_kv_cache: bool = True,
         ) -> Tensor:
             if not self._is_plain(layer, forward_batch):
                 return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
             return self._attend(q, k, v, layer, forward_batch, save_kv_cache)
 
         def forward_extend(
-            self, q: Tensor, k: Tensor, v: Tensor, layer: Any, forward_batch: Any, save_kv_cache: bool = True
+            self,
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            layer: Any,
+            forward_batch: Any,
+            save_kv_cache: bool = True,
         ) -> Tensor:
             if not self._is_plain(layer, forward_batch):
                 return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
@@ -89,7 +101,7 @@ class AttentionGroup:
 
 
 def plan_groups(slots: Tensor, context_lens: Tensor, query_lens: Tensor) -> tuple[AttentionGroup, ...]:
-    """Group the sequences of a batch by their number of query tokens; a context's last query_len tokens are its queries.
+    """Group the sequences of a batch by their number of query tokens, which are the last ones of a sequence's context.
 
     slots: [B, >= max context] int, KV cache rows of each sequence's tokens. context_lens, query_lens: [B] int.
     """

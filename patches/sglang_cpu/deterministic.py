@@ -14,7 +14,7 @@ from __future__ import annotations
 
 def allow_deterministic_inference_on_cpu() -> None:
     """Register torch_native as deterministic (with the radix cache) and keep triton's GEMMs out of the way."""
-    import sglang.srt.batch_invariant_ops as batch_invariant_ops
+    from sglang.srt import batch_invariant_ops
     from sglang.srt.arg_groups import choices
 
     if "torch_native" not in choices.DETERMINISTIC_ATTENTION_BACKEND_CHOICES:

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 def fork_engine_children() -> None:
     """Make sglang's engine module fork; must run in the process that launches the server, before it starts threads
     that compute."""
-    import sglang.srt.entrypoints.engine as engine
+    from sglang.srt.entrypoints import engine
 
     context = multiprocessing.get_context("fork")
     assert hasattr(engine, "mp"), "sglang.srt.entrypoints.engine no longer imports multiprocessing as mp"

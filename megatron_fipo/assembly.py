@@ -1,0 +1,202 @@
+"""From settings to the parts of a run: actor, engines, problems, and the stages the loop calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_fipo.actor.actor import Actor, build_actor
+from megatron_fipo.actor.megatron_flags import config_fields
+from megatron_fipo.actor.setup import Groups
+from megatron_fipo.arguments import Settings
+from megatron_fipo.checks import choose_transformer_impl
+from megatron_fipo.data import make_sources, tokenize_problem
+from megatron_fipo.metrics.run_logger import RunLogger
+from megatron_fipo.parallel import ParallelLayout
+from megatron_fipo.rewards import GraderPool, reward_name
+from megatron_fipo.rollout.pool import EnginePool
+from megatron_fipo.rollout.server_process import start_engine
+from megatron_fipo.trainer.evaluation import EvaluationResult, evaluate
+from megatron_fipo.trainer.loop import Rollout
+from megatron_fipo.trainer.recording import read_rollouts, write_rollouts
+from megatron_fipo.trainer.sampling import (
+    BatchCollector,
+    Generate,
+    collector_settings,
+    make_train_sequences,
+    rollout_metrics,
+)
+from megatron_fipo.types import Group, Prompt, SamplingSettings
+from megatron_fipo.weights.architecture import Architecture
+from megatron_fipo.weights.hf_files import HFWeights
+
+NUM_LOGGED_TEXTS = 4
+
+
+def build_trainer_side(
+    settings: Settings,
+    arch: Architecture,
+    weights: HFWeights,
+    layout: ParallelLayout,
+    groups: Groups,
+    device: torch.device,
+) -> Actor:
+    """The actor of this rank, with the checkpoint's weights."""
+    megatron = settings.megatron
+    return build_actor(
+        arch,
+        weights,
+        layout,
+        groups,
+        params_dtype=torch.bfloat16 if megatron.bf16 else torch.float32,
+        device=device,
+        transformer_impl=choose_transformer_impl(settings, device),
+        transformer=config_fields(megatron.transformer),
+        ddp=config_fields(megatron.ddp),
+        optimizer=config_fields(megatron.optimizer_fields),
+        lr_warmup_iters=megatron.lr_warmup_iters,
+        max_tokens_per_micro_batch=settings.batch.max_tokens_per_micro_batch,
+        max_response_len=settings.rollout.rollout_max_response_len,
+        vocab_divisible_by=int(megatron.model.get("make_vocab_size_divisible_by", 1)),
+    )
+
+
+def start_engines(settings: Settings, layout: ParallelLayout, device: torch.device) -> EnginePool:
+    """Start this run's engines and return at once; `wait_ready` waits for them. Rank 0 only."""
+    engine, rollout = settings.engine, settings.rollout
+    num_engines = engine.num_engines or max(1, layout.world_size // engine.tp_size)
+    engines = []
+    for index in range(num_engines):
+        placement = {} if device.type == "cpu" else {"base_gpu_id": index * engine.tp_size}
+        engines.append(
+            start_engine(
+                settings.run.hf_checkpoint,
+                name=f"engine-{index}",
+                dtype="bfloat16" if settings.megatron.bf16 else "float32",
+                tp_size=engine.tp_size,
+                context_length=rollout.rollout_max_prompt_len + rollout.rollout_max_response_len + 1,
+                random_seed=settings.run.seed,
+                log_path=str(Path(settings.run.output_dir) / f"engine-{index}.log"),
+                start_timeout_s=engine.start_timeout_s,
+                request_timeout_s=engine.request_timeout_s,
+                server_args={**placement, **engine.server_args},
+                use_cpu=device.type == "cpu",
+            )
+        )
+    return EnginePool(engines)
+
+
+class RolloutSide:
+    """Rank 0's stages: problems in, graded rollout batches and evaluations out. Owns the grader's processes."""
+
+    def __init__(self, settings: Settings, generate: Generate) -> None:
+        from transformers import AutoTokenizer
+
+        self.settings = settings
+        source, self.eval_problems = make_sources(settings.data, settings.run.seed)
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(settings.run.hf_checkpoint)
+        self._generate = generate
+        self._pool = GraderPool(
+            reward_name(settings.data),
+            timeout_s=settings.data.reward_timeout_s,
+            memory_bytes=settings.data.reward_memory_mb * 2**20,
+        )
+        self.collector = BatchCollector(
+            source,
+            generate,
+            self._tokenizer,
+            self._pool.grade,
+            collector_settings(settings.algorithm, settings.batch, settings.rollout, settings.data, settings.run.seed),
+        )
+
+    def collect(self, step: int) -> Rollout:
+        """Generate a step's batch, and write it down where the user asked for that."""
+        groups, metrics = self.collector.collect(step)
+        if self.settings.rollout.record_rollouts is not None:
+            write_rollouts(self.settings.rollout.record_rollouts, step, groups, metrics)
+        return as_rollout(groups, metrics, self.settings.rollout.rollout_max_response_len)
+
+    def evaluate(self) -> EvaluationResult:
+        """Accuracy on the held-out problems under the engines' current weights."""
+        data = self.settings.data
+        return evaluate(
+            [self._prompt(problem) for problem in self.eval_problems],
+            self._generate,
+            self._tokenizer,
+            self._pool.grade,
+            sampling=SamplingSettings(
+                self.settings.rollout.rollout_max_response_len,
+                temperature=data.eval_temperature,
+                top_p=data.eval_top_p,
+            ),
+            n_samples=data.n_samples_per_eval_prompt,
+            seed=self.settings.run.seed,
+        )
+
+    def close(self) -> None:
+        """End the grader's processes."""
+        self._pool.close()
+
+    def _prompt(self, problem: Any) -> Prompt:
+        return tokenize_problem(
+            problem,
+            self._tokenizer,
+            apply_chat_template=self.settings.data.apply_chat_template,
+            max_prompt_len=self.settings.rollout.rollout_max_prompt_len,
+        )
+
+
+def replayed(settings: Settings) -> Callable[[int], Rollout]:
+    """A stand-in for `RolloutSide.collect` that reads what an earlier run recorded."""
+    directory = settings.rollout.replay_rollouts
+    assert directory is not None
+
+    def collect(step: int) -> Rollout:
+        groups, metrics = read_rollouts(directory, step)
+        found = sum(len(group.samples) for group in groups)
+        if found != settings.batch.num_samples:
+            raise ValueError(
+                f"--replay-rollouts {directory!r} holds {found} samples in step {step}, but "
+                f"--rollout-batch-size x --n-samples-per-prompt is {settings.batch.num_samples}"
+            )
+        return as_rollout(groups, metrics, settings.rollout.rollout_max_response_len)
+
+    return collect
+
+
+def as_rollout(groups: Sequence[Group], metrics: dict[str, float], max_response_len: int) -> Rollout:
+    """Groups as the loop wants them."""
+    texts = [
+        {
+            "uid": sample.uid,
+            "response": sample.text,
+            "ground_truth": group.prompt.problem.ground_truth,
+            "score": sample.result.score,
+            "accuracy": sample.result.accuracy,
+        }
+        for group in groups[:NUM_LOGGED_TEXTS]
+        for sample in group.samples[:1]
+    ]
+    return Rollout(make_train_sequences(groups), {**rollout_metrics(groups, max_response_len), **metrics}, texts)
+
+
+def log_evaluation(log: RunLogger, step: int, result: EvaluationResult | None) -> None:
+    """Record an evaluation and show its accuracy (rank 0; None elsewhere)."""
+    if result is None:
+        return
+    log.log_evaluation(step, {name.removeprefix("eval/"): value for name, value in result.metrics().items()})
+    log.log_samples(
+        step,
+        [
+            {"kind": "evaluation", "uid": e.uid, "prompt": e.prompt, "response": e.response, "accuracy": e.accuracy}
+            | {"ground_truth": e.ground_truth}
+            for e in result.examples
+        ],
+    )
+    log.say(
+        f"evaluation after {step} steps: accuracy {result.accuracy:.3f} on {len(result.accuracies)} problems, "
+        f"mean response {result.response_length:.1f} tokens"
+    )
