@@ -109,7 +109,7 @@ class _Stages:
                 f"{first_step} steps"
             )
         if self.hybrid is not None:
-            with self.log.stage("sync", part_of_step=False):
+            with self.log.stage("first sync", part_of_step=False):
                 self.hybrid.sync_weights(first_step)
         if first_step == 0:
             self._evaluate(0)

@@ -20,7 +20,8 @@ def stop_process_group(
 ) -> None:
     """Kill every process of the group except the caller, wait for their end, remove their shared memory and scratch.
 
-    `known_segments`: what `shared_memory_of` found earlier, for a group that has already lost processes. Raises TimeoutError if a process outlives SIGKILL by `timeout_s` (it hangs in the kernel).
+    `known_segments`: what `shared_memory_of` found earlier, for a group that has already lost processes. Raises
+    TimeoutError if a process outlives SIGKILL by `timeout_s` (it hangs in the kernel).
     """
     members = group_members(group_id)
     segments = known_segments | _segments_of(members)

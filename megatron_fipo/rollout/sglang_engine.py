@@ -70,7 +70,9 @@ class SGLangEngine:
         deadline = time.monotonic() + self._server.start_timeout_s
         async with aiohttp.ClientSession() as session:
             while not await _is_ready(session, self._server.url):
-                self._segments |= shared_memory_of(self.process_id)  # now: a process that fails to start takes its maps along
+                self._segments |= shared_memory_of(
+                    self.process_id
+                )  # now: a process that fails to start takes its maps along
                 self.check_alive()
                 if time.monotonic() > deadline:
                     raise self._error(f"did not start within {self._server.start_timeout_s:g} s")

@@ -6,7 +6,7 @@ Upstream: sglang.srt.layers.sampler.multinomial_with_seed; hook: sglang.srt.laye
     (under the name "pytorch", because deterministic mode forces that backend)
 Drop-when: upstream's seeded sampler costs less than a tenth of a decode step, or a sampling backend can be chosen in
     deterministic mode.
-Test: tests/unit/test_patch_sglang_sampling.py
+Test: tests/unit/test_patch_sglang_sampling.py, tests/unit/test_patch_sglang.py
 """
 
 from __future__ import annotations
