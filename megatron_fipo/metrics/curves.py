@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,7 +98,9 @@ def _draw_metric(ax: Axes, steps: Records, title: str, unit: str, metric: str) -
 
 
 def _draw_seconds(ax: Axes, steps: Records) -> None:
-    names = {key: None for record in steps for key in record if key.startswith("time/") and key != "time/step"}
+    # time/STAGE adds up to time/step; time/STAGE/PART is contained in its stage
+    is_stage = re.compile(r"time/(?!step$)[^/]+").fullmatch
+    names = {key: None for record in steps for key in record if is_stage(key)}
     x = [record["step"] for record in steps]
     bottom = [0.0] * len(steps)
     for index, name in enumerate(names):

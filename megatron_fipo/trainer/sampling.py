@@ -382,8 +382,8 @@ class _Tally:
             "num_generated_groups": self.num_groups,
             "num_generated_samples": self.num_samples,
             "num_generated_tokens": self.num_tokens,
-            "time/generation_s": self.generation_s,
-            "time/grading_s": self.grading_s,
+            "time/rollout/generation": self.generation_s,
+            "time/rollout/grading": self.grading_s,
             **{name: count / self.num_groups for name, count in fractions.items() if self.num_groups},
         }
 

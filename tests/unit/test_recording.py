@@ -34,7 +34,7 @@ def make_groups() -> list[Group]:
 
 def test_groups_survive_a_recording_bit_for_bit(tmp_path: Path) -> None:
     groups = make_groups()
-    metrics = {"num_gen_batches": 3, "time/generation_s": 0.1 + 0.2}
+    metrics = {"num_gen_batches": 3, "time/rollout/generation": 0.1 + 0.2}
     path = write_rollouts(str(tmp_path / "new"), 12, groups, metrics)
     assert path.name == "step_000012.jsonl"
     found, found_metrics = read_rollouts(str(tmp_path / "new"), 12)

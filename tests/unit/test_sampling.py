@@ -154,8 +154,8 @@ def test_the_batch_is_the_first_informative_groups_in_prompt_order() -> None:
         "num_generated_groups": 24,
         "num_generated_samples": 96,
         "num_generated_tokens": metrics["num_generated_tokens"],
-        "time/generation_s": 3.0,
-        "time/grading_s": 3.0,
+        "time/rollout/generation": 3.0,
+        "time/rollout/grading": 3.0,
         "groups_informative_fraction": 8 / 24,
         "groups_all_right_fraction": 8 / 24,
         "groups_all_wrong_fraction": 8 / 24,
@@ -175,8 +175,8 @@ def test_surplus_groups_come_first_in_the_next_step_and_may_fill_it_alone() -> N
         "num_generated_groups": 0,
         "num_generated_samples": 0,
         "num_generated_tokens": 0,
-        "time/generation_s": 0.0,
-        "time/grading_s": 0.0,
+        "time/rollout/generation": 0.0,
+        "time/rollout/grading": 0.0,
         "num_surplus_groups": 4,
     }
     assert uids(collector.collect(step=3)[0]) == ["p37", "p40", "p43", "p46", "p49", "p52"]
