@@ -48,7 +48,7 @@ _DAPO: Mapping[str, Any] = {
 }
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "fipo-32b": {
+    "fipo-qwen2.5-32b": {
         **_FIPO,
         "loss.influence_low": 1.0,
         "loss.influence_high": 1.2,
@@ -56,12 +56,12 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "rollout.rollout_max_response_len": 20480,
         "rollout.overlong_buffer_len": 4096,
     },
-    "dapo-32b": {
+    "dapo-qwen2.5-32b": {
         **_DAPO,
         "rollout.rollout_max_response_len": 20480,
         "rollout.overlong_buffer_len": 4096,
     },
-    "fipo-7b-math": {
+    "fipo-qwen2.5-math-7b": {
         **_FIPO,
         "batch.n_samples_per_prompt": 32,
         "loss.influence_low": 0.8,
@@ -70,7 +70,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "rollout.rollout_max_response_len": 10240,
         "rollout.overlong_buffer_len": 2048,
     },
-    "dapo-7b-math": {
+    "dapo-qwen2.5-math-7b": {
         **_DAPO,
         "rollout.rollout_max_response_len": 8192,
         "rollout.overlong_buffer_len": 4096,

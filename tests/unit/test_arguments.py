@@ -118,7 +118,7 @@ ERRORS = {
     "negative number": (["--lr", "-1"], ["--lr is -1.0", "in [0, 1)"]),
     "choice": (["--loss-agg", "mean"], ["--loss-agg is 'mean'", "token-mean, seq-mean-token-sum"]),
     "algorithm": (["--algorithm", "ppo"], ["--algorithm is 'ppo'", "grpo, dapo, fipo"]),
-    "preset": (["--preset", "fipo"], ["--preset is 'fipo'", "fipo-32b"]),
+    "preset": (["--preset", "fipo"], ["--preset is 'fipo'", "fipo-qwen2.5-32b"]),
     "json": (["--task-args", "{x"], ["--task-args is '{x'", "JSON"]),
     "json object": (["--task-args", "[1]"], ["--task-args is '[1]'", "JSON object"]),
     "range": (["--clip-low", "1.5"], ["--clip-low is 1.5", "between 0 and 1"]),
@@ -183,8 +183,8 @@ ERRORS = {
     "save interval without save": (["--save-interval", "5"], ["--save-interval is 5", "--save"]),
     "sequence parallel alone": (["--sequence-parallel"], ["--sequence-parallel", "--tensor-model-parallel-size (1)"]),
     "preset of another algorithm": (
-        ["--preset", "fipo-32b", "--algorithm", "dapo"],
-        ["--algorithm is 'dapo'", "--preset fipo-32b"],
+        ["--preset", "fipo-qwen2.5-32b", "--algorithm", "dapo"],
+        ["--algorithm is 'dapo'", "--preset fipo-qwen2.5-32b"],
     ),
 }
 
@@ -249,17 +249,17 @@ def test_presets_are_the_papers_tables():
             rollout.over_sampling_batch_size,
         )
 
-    assert set(PRESETS) == {"fipo-32b", "dapo-32b", "fipo-7b-math", "dapo-7b-math"}
-    assert row("fipo-32b") == ("fipo", (512, 16, 8), (2048, 20480, 4096), 2048)
-    assert row("dapo-32b") == ("dapo", (512, 16, 16), (2048, 20480, 4096), 1536)
-    assert row("fipo-7b-math") == ("fipo", (512, 32, 8), (2048, 10240, 2048), 2048)
-    assert row("dapo-7b-math") == ("dapo", (512, 16, 16), (2048, 8192, 4096), 1536)
+    assert set(PRESETS) == {"fipo-qwen2.5-32b", "dapo-qwen2.5-32b", "fipo-qwen2.5-math-7b", "dapo-qwen2.5-math-7b"}
+    assert row("fipo-qwen2.5-32b") == ("fipo", (512, 16, 8), (2048, 20480, 4096), 2048)
+    assert row("dapo-qwen2.5-32b") == ("dapo", (512, 16, 16), (2048, 20480, 4096), 1536)
+    assert row("fipo-qwen2.5-math-7b") == ("fipo", (512, 32, 8), (2048, 10240, 2048), 2048)
+    assert row("dapo-qwen2.5-math-7b") == ("dapo", (512, 16, 16), (2048, 8192, 4096), 1536)
     ppo = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 10.0, "loss_agg": "token-mean"}
-    assert parse("--preset", "fipo-32b").loss == FIPOSettings(**ppo, half_life=32, semantics="released")
-    assert parse("--preset", "fipo-7b-math").loss == FIPOSettings(
+    assert parse("--preset", "fipo-qwen2.5-32b").loss == FIPOSettings(**ppo, half_life=32, semantics="released")
+    assert parse("--preset", "fipo-qwen2.5-math-7b").loss == FIPOSettings(
         **ppo, half_life=32, influence_low=0.8, influence_high=1.2, safety_threshold=3, semantics="released"
     )
-    assert parse("--preset", "dapo-7b-math").loss == PPOSettings(**ppo)
+    assert parse("--preset", "dapo-qwen2.5-math-7b").loss == PPOSettings(**ppo)
     for name in PRESETS:
         settings = parse("--preset", name)
         assert (settings.megatron.lr, settings.megatron.lr_warmup_iters) == (1e-6, 10)
@@ -271,7 +271,10 @@ def test_presets_are_the_papers_tables():
 
 
 def test_explicit_flags_win_over_the_preset_whatever_the_order():
-    for flags in (["--preset", "fipo-7b-math", "--lr", "2e-6"], ["--lr", "2e-6", "--preset", "fipo-7b-math"]):
+    for flags in (
+        ["--preset", "fipo-qwen2.5-math-7b", "--lr", "2e-6"],
+        ["--lr", "2e-6", "--preset", "fipo-qwen2.5-math-7b"],
+    ):
         settings = parse(*flags)
         assert settings.megatron.lr == 2e-6
         assert settings.loss.safety_threshold == 3.0
@@ -281,7 +284,7 @@ def test_explicit_flags_win_over_the_preset_whatever_the_order():
 
 
 def test_switching_dynamic_sampling_off_drops_the_presets_generation_batch():
-    settings = parse("--preset", "fipo-32b", "--no-dynamic-sampling")
+    settings = parse("--preset", "fipo-qwen2.5-32b", "--no-dynamic-sampling")
     assert settings.rollout.over_sampling_batch_size == 512
     assert settings.provenance["rollout.over_sampling_batch_size"] == "default"
 
@@ -294,7 +297,7 @@ def test_every_setting_of_a_preset_exists():
 
 def test_print_config_shows_every_setting_with_its_origin(capsys, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    flags = ["--preset", "dapo-32b", "--lr", "2e-6", "--micro-batch-size", "1", "--sglang-page-size", "16"]
+    flags = ["--preset", "dapo-qwen2.5-32b", "--lr", "2e-6", "--micro-batch-size", "1", "--sglang-page-size", "16"]
     with pytest.raises(SystemExit) as stop:
         parse(*flags, "--print-config")
     assert stop.value.code == 0
