@@ -71,6 +71,7 @@ def run(settings: Settings) -> None:
         if resume_from is not None:
             stages.restore(verify_checkpoint(resume_from)["trainer"])
         stages.train(first_step)
+        log.say(log.timings_table())
 
 
 class _Stages:

@@ -28,6 +28,13 @@ from megatron_fipo.metrics.timings import StageClock, timings_table
 
 CURVES_FILE = "curves.png"
 
+# metric, the count it divides, the stages whose seconds it divides by
+_SPEEDS = (
+    ("tokens_per_s", "num_tokens", ("step",)),
+    ("rollout_tokens_per_s", "num_generated_tokens", ("rollout",)),
+    ("train_tokens_per_s", "num_tokens", ("logprobs", "update")),
+)
+
 
 class RunLogger:
     """Rank 0's log of a run; on other ranks every method does nothing (stages are timed all the same).
@@ -106,8 +113,8 @@ class RunLogger:
         """Append one step to metrics.jsonl, to TensorBoard and to the display.
 
         `metrics` holds `step` (one more than the last step), numbers and lists by name, and `updates`: one mapping
-        per optimizer update. Added here: `time/STAGE` and their sum `time/step`, and `tokens_per_s` when `num_tokens`
-        is given. Raises ValueError naming the key for NaN, infinity, or what is no number.
+        per optimizer update. Added here: `time/STAGE` and their sum `time/step`, and tokens per
+        second (of the whole step, of the rollout, of log-probs and updates) where the counts are given. Raises ValueError naming the key for NaN, infinity, or what is no number.
         """
         seconds = self._clock.take_step()
         if self._display is None:
@@ -118,8 +125,10 @@ class RunLogger:
         record = {key: plain(key, value, step) for key, value in metrics.items()}
         record |= {f"time/{name}": value for name, value in seconds.items()}
         record["time/step"] = sum(seconds.values())
-        if "num_tokens" in record and record["time/step"] > 0:
-            record["tokens_per_s"] = record["num_tokens"] / record["time/step"]
+        for name, tokens, stages in _SPEEDS:
+            spent = sum(record.get(f"time/{stage}", 0.0) for stage in stages)
+            if tokens in record and spent > 0:
+                record[name] = record[tokens] / spent
         append_record(self._files[METRICS_FILE], record)
         self._step = step
         self._scalars.add(record, step)
