@@ -1,11 +1,10 @@
 """Draw tokens by SGLang's `sampling_seed` with random bits that are cheap on a CPU.
 
-Why: SGLang's own seeded sampler hashes every (row, vocabulary entry) with torch integer operators and takes two float64
-    logarithms of it: as long as the model's forward pass for 64 rows of 49k entries on one core.
+Why: SGLang's own seeded sampler hashes by a kernel of sgl_kernel, which has no wheel for a CPU (and hashes every row
+    and vocabulary entry in integers, then takes two float64 logarithms of each: as long as a small model's forward).
 Upstream: sglang.srt.layers.sampler.multinomial_with_seed; hook: sglang.srt.layers.sampler.register_sampler_backend
     (under the name "pytorch", because deterministic mode forces that backend)
-Drop-when: upstream's seeded sampler costs less than a tenth of a decode step, or a sampling backend can be chosen in
-    deterministic mode.
+Drop-when: sglang.kernels.ops.sampling.murmur_hash runs without sgl_kernel, and fast.
 Test: tests/unit/test_patch_sglang_sampling.py, tests/unit/test_patch_sglang.py
 """
 

@@ -1,0 +1,350 @@
+"""A real SGLang engine on tiny random models: it serves exactly the weights it was sent, repeats itself bit for bit,
+fails loudly and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+from megatron_fipo.rollout.engine import EngineError
+from megatron_fipo.rollout.pool import EnginePool
+from megatron_fipo.rollout.process_group import group_members
+from megatron_fipo.rollout.server_process import start_engine
+from megatron_fipo.rollout.sglang_engine import SGLangEngine
+from megatron_fipo.rollout.weight_bucket import make_buckets
+from megatron_fipo.types import Completion, GenerateRequest, SamplingSettings
+
+VOCAB = 160
+EOS = 7
+PROMPTS = [list(range(20, 20 + length)) for length in (3, 9, 17, 30)]
+SHAPE = dict(  # noqa: C408
+    vocab_size=VOCAB,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    bos_token_id=1,
+    eos_token_id=EOS,
+)
+
+
+def tiny_llama(seed: int) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=False, initializer_range=0.3)).eval()
+
+
+def tiny_qwen2(seed: int) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    return Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=True, initializer_range=0.3)).eval()
+
+
+def start(model: PreTrainedModel, directory: Path, *, tp_size: int = 1, **server_args: object) -> SGLangEngine:
+    model.save_pretrained(directory / "model")
+    return start_engine(
+        str(directory / "model"),
+        name="engine0",
+        dtype="float32",
+        tp_size=tp_size,
+        context_length=256,
+        random_seed=0,
+        log_path=str(directory / "engine.log"),
+        start_timeout_s=150,
+        request_timeout_s=120,
+        server_args={"max_total_tokens": 8192, **server_args},
+        use_cpu=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[SGLangEngine, SGLangEngine]]:
+    """A one-rank engine on a Llama and a two-rank engine on a Qwen2, started together."""
+    one_rank = start(tiny_llama(0), tmp_path_factory.mktemp("llama"))
+    two_ranks = start(tiny_qwen2(0), tmp_path_factory.mktemp("qwen2"), tp_size=2)
+    try:
+        one_rank.wait_ready()
+        two_ranks.wait_ready()
+        yield one_rank, two_ranks
+    finally:
+        one_rank.shutdown()
+        two_ranks.shutdown()
+
+
+def requests_for(
+    prompts: list[list[int]], *, num_samples: int, length: int, temperature: float
+) -> list[GenerateRequest]:
+    return [
+        GenerateRequest(
+            uid=f"{index}/{sample}",
+            prompt_ids=np.asarray(prompt, dtype=np.int64),
+            sampling=SamplingSettings(max_response_len=length, temperature=temperature),
+            seed=1000 * index + sample,
+        )
+        for index, prompt in enumerate(prompts)
+        for sample in range(num_samples)
+    ]
+
+
+def weights_of(model: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
+    tied = model.config.tie_word_embeddings
+    return [(name, tensor) for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")]
+
+
+def push(engine: SGLangEngine, weights: list[tuple[str, torch.Tensor]], version: int) -> None:
+    engine.begin_weight_update()
+    for bucket in make_buckets(weights, bucket_bytes=64 << 10):
+        engine.push_bucket(bucket)
+    engine.end_weight_update(version)
+
+
+def greedy(model: PreTrainedModel, prompt: list[int], length: int) -> list[int]:
+    ids = list(prompt)
+    with torch.no_grad():
+        while len(ids) < len(prompt) + length and (len(ids) == len(prompt) or ids[-1] != EOS):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def logprobs_under(model: PreTrainedModel, prompt: list[int], response: list[int]) -> np.ndarray:
+    """[R] log-probs of the response's tokens at temperature 1."""
+    with torch.no_grad():
+        logprobs = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+    positions = torch.arange(len(prompt) - 1, len(prompt) + len(response) - 1)
+    return logprobs[positions, torch.tensor(response)].numpy()
+
+
+def own_segments() -> list[str]:
+    return [name for name in os.listdir("/dev/shm") if name.startswith(f"torch_{os.getpid()}_")]
+
+
+def left_behind(before: set[str]) -> list[str]:
+    """What an engine may leave in /dev/shm. Segments of engines that other programs run meanwhile are mapped."""
+    new = [name for name in set(os.listdir("/dev/shm")) - before if name.startswith(("sglang", "sem.mp"))]
+    maps = ""
+    for path in Path("/proc").glob("[0-9]*/maps"):
+        with suppress(OSError):  # the process ended meanwhile
+            maps += path.read_text()
+    return [name for name in new if name not in maps]
+
+
+def generate_for_ever(engine: SGLangEngine, requests: list[GenerateRequest]) -> None:
+    while True:
+        engine.generate(requests)
+
+
+def greedy_matches(engine: SGLangEngine, model: PreTrainedModel) -> bool:
+    completions = engine.generate(requests_for(PROMPTS, num_samples=1, length=12, temperature=0.0))
+    return all(
+        completion.token_ids.tolist() == greedy(model, prompt, 12)
+        and np.abs(completion.logprobs - logprobs_under(model, prompt, completion.token_ids.tolist())).max() < 2e-5
+        for prompt, completion in zip(PROMPTS, completions, strict=True)
+    )
+
+
+def bits(completions: list[Completion]) -> list[tuple[str, list[int], bytes]]:
+    return [(item.uid, item.token_ids.tolist(), item.logprobs.tobytes()) for item in completions]
+
+
+@pytest.mark.parametrize(("index", "build"), [(0, tiny_llama), (1, tiny_qwen2)], ids=["llama-tp1", "qwen2-tp2"])
+def test_engine_serves_exactly_the_weights_it_was_sent(engines, index, build) -> None:
+    engine = engines[index]
+    old, new = build(100 + engine.weight_version), build(200 + engine.weight_version)
+    push(engine, weights_of(old), engine.weight_version + 1)
+    assert greedy_matches(engine, old)
+    push(engine, weights_of(new), engine.weight_version + 1)
+    assert greedy_matches(engine, new)
+    assert not greedy_matches(engine, old)
+
+
+def test_sampled_logprobs_are_the_models_and_stop_includes_the_end_of_turn(engines) -> None:
+    engine, model = engines[0], tiny_llama(3)
+    push(engine, weights_of(model), engine.weight_version + 1)
+    requests = requests_for(PROMPTS, num_samples=16, length=40, temperature=1.0)
+    completions = engine.generate(requests)
+    assert [item.uid for item in completions] == [item.uid for item in requests]
+    for request, completion in zip(requests, completions, strict=True):
+        response = completion.token_ids.tolist()
+        expected = logprobs_under(model, request.prompt_ids.tolist(), response)
+        assert np.abs(completion.logprobs - expected).max() < 2e-5
+        assert completion.weight_version == engine.weight_version
+        assert EOS not in response[:-1]
+        assert completion.finish_reason == ("stop" if response[-1] == EOS else "length")
+        assert completion.finish_reason == "stop" or len(response) == 40
+    assert {item.finish_reason for item in completions} == {"stop", "length"}
+    assert len({tuple(item.token_ids.tolist()) for item in completions}) > 48
+
+
+def test_the_same_requests_give_the_same_bits(engines) -> None:
+    for engine in engines:
+        requests = requests_for(PROMPTS, num_samples=8, length=12, temperature=1.0)
+        first = bits(engine.generate(requests))
+        engine.generate(requests_for([[5, 6, 7]], num_samples=3, length=5, temperature=1.0))
+        assert bits(engine.generate(requests)) == first
+        other_seeds = [GenerateRequest(r.uid, r.prompt_ids, r.sampling, r.seed + 500) for r in requests]
+        assert bits(engine.generate(other_seeds)) != first
+
+
+def test_score_gives_the_logprobs_of_given_tokens(engines) -> None:
+    engine, model = engines[0], tiny_llama(4)
+    push(engine, weights_of(model), engine.weight_version + 1)
+    sequences = [np.asarray(prompt, dtype=np.int64) for prompt in PROMPTS]
+    for ids, score in zip(sequences, engine.score(sequences), strict=True):
+        expected = logprobs_under(model, ids.tolist()[:1], ids.tolist()[1:])
+        np.testing.assert_allclose(score[:-1], expected, atol=2e-5)
+        assert score[-1] == 0
+
+
+def test_a_weight_that_was_not_sent_shows(engines) -> None:
+    engine, model = engines[0], tiny_llama(5)
+    push(engine, weights_of(model), engine.weight_version + 1)
+    changed = tiny_llama(6)
+    push(engine, weights_of(changed)[::2], engine.weight_version + 1)
+    assert not greedy_matches(engine, changed)
+    push(engine, weights_of(changed)[1::2], engine.weight_version + 1)
+    assert greedy_matches(engine, changed)
+
+
+def test_an_answer_of_another_weight_version_is_an_error(engines) -> None:
+    engine = engines[0]
+    served = engine.weight_version
+    engine.weight_version = served + 1  # as if an update had been skipped
+    try:
+        with pytest.raises(EngineError, match=f"weight version {served}, not {served + 1}"):
+            engine.generate(requests_for(PROMPTS[:1], num_samples=1, length=2, temperature=1.0))
+    finally:
+        engine.weight_version = served
+
+
+def test_a_pool_serves_one_version_from_all_engines(engines) -> None:
+    model = tiny_llama(8)
+    pool = EnginePool(engines[:1])
+    pool.begin_weight_update()
+    for bucket in make_buckets(weights_of(model), bucket_bytes=1 << 20):
+        pool.push_bucket(bucket)
+    pool.end_weight_update(77)
+    assert greedy_matches(engines[0], model)
+    completions = pool.generate(requests_for(PROMPTS, num_samples=2, length=3, temperature=1.0))
+    assert {item.weight_version for item in completions} == {77}
+
+
+def test_no_shared_memory_is_left_after_updates(engines) -> None:
+    push(engines[0], weights_of(tiny_llama(1)), engines[0].weight_version + 1)
+    deadline = time.monotonic() + 5  # torch's manager removes a file shortly after its last user let go
+    while own_segments() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert own_segments() == []
+
+
+def test_the_api_key_is_neither_in_the_arguments_nor_in_the_log(engines) -> None:
+    key = engines[0]._server.api_key
+    commands = [" ".join(process.cmdline()) for process in group_members(engines[0].process_id)]
+    assert commands
+    assert not [command for command in commands if key in command]
+    log = Path(engines[0]._server.log_path)
+    assert key not in log.read_text()
+    assert log.stat().st_mode & 0o077 == 0
+    answer = subprocess.run(
+        [sys.executable, "-c", f"import urllib.request as r; r.urlopen('{engines[0]._server.url}/model_info')"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "401" in answer.stderr
+
+
+def test_an_idle_engine_uses_no_cpu(engines) -> None:
+    processes = [psutil.Process(engines[0].process_id), *group_members(engines[0].process_id)]
+    before = sum(sum(process.cpu_times()[:2]) for process in processes)
+    time.sleep(3)
+    assert sum(sum(process.cpu_times()[:2]) for process in processes) - before < 0.6
+
+
+def test_a_killed_scheduler_is_an_engine_error_and_shutdown_leaves_nothing(tmp_path) -> None:
+    shm_before = set(os.listdir("/dev/shm"))
+    engine = start(tiny_llama(0), tmp_path)
+    engine.wait_ready()
+    members = group_members(engine.process_id)
+    scheduler = max(members, key=lambda process: process.memory_info().rss)
+    requests = requests_for(PROMPTS, num_samples=8, length=200, temperature=1.0)
+    threading.Timer(0.7, lambda: scheduler.send_signal(signal.SIGKILL)).start()
+    began = time.monotonic()
+    with pytest.raises(EngineError, match=r"engine0 (ended|broke)(?s:.)*last lines of"):
+        generate_for_ever(engine, requests)
+    assert time.monotonic() - began < 15
+    scratch = Path(engine._server.scratch_dir)
+    engine.shutdown()
+    engine.shutdown()
+    assert not group_members(engine.process_id)
+    assert not scratch.exists()
+    assert left_behind(shm_before) == []
+    with pytest.raises(EngineError, match="shut down"):
+        engine.generate(requests)
+
+
+def test_an_engine_dies_with_its_trainer_and_repeats_another_engines_bits(engines, tmp_path) -> None:
+    """The trainer is killed without a chance to clean up. Before that, a second engine with the same weights and
+    requests must have given the bits of the first."""
+    model = tiny_llama(11)
+    push(engines[0], weights_of(model), engines[0].weight_version + 1)
+    expected = bits(engines[0].generate(requests_for(PROMPTS, num_samples=8, length=12, temperature=1.0)))
+    shm_before = set(os.listdir("/dev/shm"))
+    trainer = subprocess.Popen(
+        [sys.executable, __file__, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=dict(os.environ, RANK="0")
+    )
+    assert trainer.stdout is not None
+    line = trainer.stdout.readline()
+    assert line, "the trainer ended early"
+    report = json.loads(line)
+    assert report["bits"] == [[uid, ids, logprobs.hex()] for uid, ids, logprobs in expected]
+    group = report["group"]
+    assert group_members(group)
+    trainer.kill()
+    trainer.wait()
+    deadline = time.monotonic() + 15
+    while group_members(group) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not group_members(group)
+    assert not Path(report["scratch"]).exists()
+    assert left_behind(shm_before) == []
+
+
+def test_a_failing_start_quotes_the_engines_exception(tmp_path) -> None:
+    shm_before = set(os.listdir("/dev/shm"))
+    engine = start(tiny_llama(0), tmp_path, schedule_policy="no-such-policy")
+    with pytest.raises(EngineError, match=r"last exception in its log: .*no-such-policy"):
+        engine.wait_ready()
+    engine.shutdown()
+    assert not group_members(engine.process_id)
+    assert left_behind(shm_before) == []
+
+
+def _trainer(directory: Path) -> None:
+    engine = start(tiny_llama(11), directory)
+    engine.wait_ready()
+    completions = engine.generate(requests_for(PROMPTS, num_samples=8, length=12, temperature=1.0))
+    report = {
+        "group": engine.process_id,
+        "scratch": engine._server.scratch_dir,
+        "bits": [[uid, ids, logprobs.hex()] for uid, ids, logprobs in bits(completions)],
+    }
+    print(json.dumps(report), flush=True)
+    time.sleep(300)
+
+
+if __name__ == "__main__":
+    _trainer(Path(sys.argv[1]))

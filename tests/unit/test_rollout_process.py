@@ -1,0 +1,89 @@
+"""Starting and ending an engine's process, as far as it goes without an engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_fipo.rollout.log_tail import log_tail
+from megatron_fipo.rollout.process_group import group_members, stop_process_group
+from megatron_fipo.rollout.server_process import engine_environment, start_engine
+
+SETTINGS: dict[str, Any] = {
+    "name": "e0",
+    "dtype": "float32",
+    "tp_size": 1,
+    "context_length": 64,
+    "random_seed": 0,
+    "start_timeout_s": 5,
+    "request_timeout_s": 5,
+    "use_cpu": True,
+}
+
+
+def test_what_a_launcher_said_about_the_trainer_does_not_reach_the_engine() -> None:
+    environment = {"RANK": "0", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "x", "PET_NNODES": "1", "PATH": "/bin"}
+    assert engine_environment(environment) == {"PATH": "/bin"}
+
+
+def test_a_directory_without_a_model_is_an_error_before_anything_starts(tmp_path: Path) -> None:
+    log = str(tmp_path / "log")
+    with pytest.raises(ValueError, match=r"--hf-checkpoint is .*holds no config.json"):
+        start_engine(str(tmp_path), log_path=log, server_args={}, **SETTINGS)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="names no architecture"):
+        start_engine(str(tmp_path), log_path=log, server_args={}, **SETTINGS)
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
+    with pytest.raises(ValueError, match="--sglang-api-key is 'x', but is set by the run itself"):
+        start_engine(str(tmp_path), log_path=log, server_args={"api_key": "x"}, **SETTINGS)
+
+
+def test_the_log_tail_names_the_exception_and_shows_the_last_lines(tmp_path: Path) -> None:
+    log = tmp_path / "engine.log"
+    assert "does not exist" in log_tail(log)
+    log.write_text("")
+    assert "is empty" in log_tail(log)
+    lines = [f"line {index}" for index in range(100)]
+    log.write_text("\n".join([*lines, "torch.OutOfMemoryError: no more", "the end"]))
+    tail = log_tail(log)
+    assert "last exception in its log: torch.OutOfMemoryError: no more\n" in tail
+    assert tail.endswith("    torch.OutOfMemoryError: no more\n    the end")
+    assert "line 99" in tail
+    assert "line 50" not in tail
+
+
+def test_stopping_a_group_ends_its_children_and_removes_its_scratch(tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    (scratch / "file").write_text("x")
+    child = "import time; time.sleep(99)"
+    code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}]); {child}"
+    leader = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    deadline = time.monotonic() + 20
+    while len(group_members(leader.pid)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(group_members(leader.pid)) == 2
+    stop_process_group(leader.pid, str(scratch))
+    leader.wait()
+    assert group_members(leader.pid) == []
+    assert not scratch.exists()
+
+
+def test_the_server_ends_when_its_input_does(tmp_path: Path) -> None:
+    server = subprocess.run(
+        [sys.executable, "-m", "megatron_fipo.rollout.server"],
+        input=b"no whole line",
+        capture_output=True,
+        check=False,
+        env=dict(os.environ),
+        timeout=60,
+    )
+    assert server.returncode != 0
+    assert b"stdin ended before a whole line" in server.stderr
