@@ -113,8 +113,9 @@ class RunLogger:
         """Append one step to metrics.jsonl, to TensorBoard and to the display.
 
         `metrics` holds `step` (one more than the last step), numbers and lists by name, and `updates`: one mapping
-        per optimizer update. Added here: `time/STAGE` and their sum `time/step`, and tokens per
-        second (of the whole step, of the rollout, of log-probs and updates) where the counts are given. Raises ValueError naming the key for NaN, infinity, or what is no number.
+        per optimizer update. Added here: `time/STAGE` and their sum `time/step`, and tokens per second (of the whole
+        step, of the rollout, of log-probs and updates) where the counts are given. Raises ValueError naming the key
+        for NaN, infinity, or what is no number.
         """
         seconds = self._clock.take_step()
         if self._display is None:
