@@ -1,0 +1,165 @@
+"""Rank 0's work and errors reach the other ranks: shares, results, failures. Two gloo ranks, started once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from processes import run_ranks
+
+from megatron_fipo.parallel import ParallelLayout
+from megatron_fipo.trainer.exchange import shares_of
+from megatron_fipo.types import TrainSequence
+
+
+def make_sequences(num: int) -> list[TrainSequence]:
+    """Sequence i has the uid "i" and 2 + (7 i mod 11) tokens."""
+    return [make_sequence(str(i), 2 + 7 * i % 11) for i in range(num)]
+
+
+def make_sequence(uid: str, length: int) -> TrainSequence:
+    mask = np.ones(length, dtype=bool)
+    mask[-1] = False
+    return TrainSequence(
+        uid=uid,
+        token_ids=np.arange(length),
+        loss_mask=mask,
+        advantages=mask.astype(np.float32),
+        rollout_logprobs=np.zeros(length, dtype=np.float32),
+        weight_version=3,
+    )
+
+
+@pytest.mark.parametrize("num_updates", [1, 2, 4])
+@pytest.mark.parametrize("dp", [1, 2, 3])
+def test_every_sequence_is_trained_on_once_in_the_update_of_its_place(dp: int, num_updates: int) -> None:
+    sequences = make_sequences(24)
+    shares = shares_of(sequences, num_updates, ParallelLayout(dp=dp))
+    assert [len(share) for share in shares] == [num_updates] * dp
+    size = 24 // num_updates
+    for update in range(num_updates):
+        uids = [int(sequence.uid) for share in shares for sequence in share[update]]
+        assert sorted(uids) == list(range(update * size, (update + 1) * size))
+        for share in shares:
+            order = [int(sequence.uid) for sequence in share[update]]
+            assert order == sorted(order)
+
+
+def test_tokens_are_balanced_over_the_ranks_inside_every_update() -> None:
+    sequences = make_sequences(24)
+    for update in range(3):
+        shares = shares_of(sequences, 3, ParallelLayout(dp=2))
+        tokens = [sum(len(sequence.token_ids) for sequence in share[update]) for share in shares]
+        assert abs(tokens[0] - tokens[1]) <= 12  # the longest sequence
+
+
+def test_updates_of_unequal_size_are_a_bug() -> None:
+    with pytest.raises(AssertionError, match=r"\(7, 2\)"):
+        shares_of(make_sequences(7), 2, ParallelLayout())
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_ranks(tmp_path_factory.mktemp("exchange"), 2, on_two_ranks, {})
+
+
+def test_a_result_of_rank_zero_stays_there(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["result"] for rank in ranks] == [41, None]
+    assert [rank["calls"] for rank in ranks] == [1, 0]
+
+
+def test_an_error_of_rank_zero_is_raised_on_every_rank(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0]["error"] == "ValueError: no problem is left"
+    assert ranks[1]["error"] == "RankZeroFailed: rank 0 failed: ValueError: no problem is left"
+
+
+def test_leaving_the_program_on_rank_zero_is_seen_too(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0]["interrupt"].startswith("KeyboardInterrupt")
+    assert ranks[1]["interrupt"].startswith("RankZeroFailed: rank 0 failed: KeyboardInterrupt")
+
+
+def test_shares_reach_the_ranks_that_own_them(ranks: list[dict[str, Any]]) -> None:
+    wanted = shares_of(make_sequences(8), 2, ParallelLayout(dp=2))
+    for rank, found in enumerate(ranks):
+        assert found["dp shares"] == [[sequence.uid for sequence in update] for update in wanted[rank]]
+        assert found["tokens"] == [sequence.token_ids.tolist() for update in wanted[rank] for sequence in update]
+
+
+def test_ranks_of_one_model_replica_get_the_same_share(ranks: list[dict[str, Any]]) -> None:
+    everything = [[str(i) for i in range(4)], [str(i) for i in range(4, 8)]]
+    assert [rank["tp shares"] for rank in ranks] == [everything, everything]
+
+
+def test_values_are_gathered_in_rank_order(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["gathered"] for rank in ranks] == [["of 0", "of 1"], None]
+
+
+def test_agreement_covers_every_data_parallel_rank(ranks: list[dict[str, Any]]) -> None:
+    # rank r holds 2 + r tokens to train on, each off by r + 1, of entropy r
+    assert ranks[1]["agreement"] is None
+    assert ranks[0]["agreement"] == pytest.approx(
+        {
+            "entropy": (2 * 0 + 3 * 1) / 5,
+            "engine_mismatch/mean": (2 * 1 + 3 * 2) / 5,
+            "engine_mismatch/max": 2.0,
+            "engine_mismatch/num_tokens": 5,
+        }
+    )
+
+
+# ---- on every rank
+
+
+def on_two_ranks() -> dict[str, Any]:
+    from megatron_fipo.trainer.agreement import agreement_metrics
+    from megatron_fipo.trainer.exchange import gather_to_rank_zero, on_rank_zero, scatter_shares
+
+    control = torch.distributed.group.WORLD
+    rank = torch.distributed.get_rank()
+    dp, tp = ParallelLayout(dp=2, rank=rank), ParallelLayout(tp=2, rank=rank)
+    calls = 0
+
+    def work() -> int:
+        nonlocal calls
+        calls += 1
+        return 41
+
+    def fail() -> None:
+        raise ValueError("no problem is left")
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    def raised_by(function: Any) -> str:
+        try:
+            on_rank_zero(function, dp, control)
+        except BaseException as error:
+            return f"{type(error).__name__}: {error}"
+        return "nothing"
+
+    result = on_rank_zero(work, dp, control)
+    errors = {"error": raised_by(fail), "interrupt": raised_by(interrupt)}
+    sequences = make_sequences(8) if rank == 0 else None
+    mine = scatter_shares(sequences, 2, dp, control)
+    replicated = scatter_shares(sequences, 2, tp, control)
+    length = 3 + rank
+    agreement = agreement_metrics(
+        [make_sequence("s", length)],
+        [torch.full((length,), rank + 1.0)],
+        [torch.full((length,), float(rank))],
+        weight_version=3,
+        layout=dp,
+        control=control,
+    )
+    return {
+        "result": result,
+        "calls": calls,
+        **errors,
+        "dp shares": [[sequence.uid for sequence in update] for update in mine],
+        "tokens": [sequence.token_ids.tolist() for update in mine for sequence in update],
+        "tp shares": [[sequence.uid for sequence in update] for update in replicated],
+        "gathered": gather_to_rank_zero(f"of {rank}", dp, control),
+        "agreement": agreement,
+    }

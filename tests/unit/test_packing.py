@@ -1,0 +1,127 @@
+"""Balanced shares, micro-batches within a token budget, and the packed layout itself."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_fipo.ops.packing import balanced_shares, micro_batches, pack
+from megatron_fipo.types import TrainSequence
+
+
+def make_sequence(
+    tokens: list[int], mask: list[int], *, advantage: float = 1.0, rollout: float = -0.5
+) -> TrainSequence:
+    return TrainSequence(
+        uid="p/0",
+        token_ids=np.array(tokens, dtype=np.int64),
+        loss_mask=np.array(mask, dtype=bool),
+        advantages=np.where(np.array(mask, dtype=bool), np.float32(advantage), np.float32(0)),
+        rollout_logprobs=np.where(np.array(mask, dtype=bool), np.float32(rollout), np.float32(0)),
+    )
+
+
+def random_costs() -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 100, size=rng.integers(4, 60)).tolist() for _ in range(50)]
+
+
+def test_shares_hold_every_item_once_in_ascending_order() -> None:
+    for costs in random_costs():
+        for num_shares in (1, 2, 3, 4):
+            shares = balanced_shares(costs, num_shares)
+            assert len(shares) == num_shares
+            assert sorted(index for share in shares for index in share) == list(range(len(costs)))
+            assert all(share == sorted(share) and share for share in shares)
+
+
+def test_shares_differ_by_at_most_the_largest_cost() -> None:
+    for costs in random_costs():
+        totals = [sum(costs[i] for i in share) for share in balanced_shares(costs, 3)]
+        assert max(totals) - min(totals) <= max(costs)
+
+
+def test_shares_take_the_largest_first() -> None:
+    assert balanced_shares([3, 9, 1, 5], 2) == [[1], [0, 2, 3]]
+    assert balanced_shares([2, 2, 2, 2], 2) == [[0, 2], [1, 3]]
+
+
+def test_no_share_is_empty_when_costs_are_zero_or_one_item_outweighs_all() -> None:
+    assert balanced_shares([0, 0, 0], 3) == [[0], [1], [2]]
+    assert [len(share) for share in balanced_shares([1000, 1, 0, 0], 4)] == [1, 1, 1, 1]
+
+
+def test_fewer_sequences_than_ranks_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"2 sequences cannot be shared by 3 ranks"):
+        balanced_shares([5, 5], 3)
+
+
+def test_micro_batches_stay_within_the_budget_and_hold_everything_once() -> None:
+    for lengths in random_costs():
+        for budget in (100, 130, 1000):
+            batches = micro_batches(lengths, budget)
+            assert all(sum(lengths[i] for i in batch) <= budget for batch in batches)
+            assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+            assert len(batches) >= -(-sum(lengths) // budget)
+
+
+def test_micro_batches_are_as_few_as_the_budget_allows() -> None:
+    assert micro_batches([4, 4, 4, 4], 16) == [[0, 1, 2, 3]]
+    assert [len(batch) for batch in micro_batches([4, 4, 4, 4], 15)] == [2, 2]
+    assert len(micro_batches([7, 7, 7], 10)) == 3  # 21 tokens would fill 3 budgets of 10, two never fit together
+    assert micro_batches([10], 10) == [[0]]
+
+
+def test_a_sequence_over_the_budget_names_the_flag_and_the_budget_needed() -> None:
+    message = r"--max-tokens-per-micro-batch is 12, but must be at least 13, the longest sequence"
+    with pytest.raises(ValueError, match=message):
+        micro_batches([3, 13, 5], 12)
+
+
+def test_nothing_to_batch_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no sequences"):
+        micro_batches([], 10)
+
+
+def test_pack_lays_sequences_end_to_end_in_member_order() -> None:
+    sequences = [
+        make_sequence([5, 6, 7], [0, 1, 0], advantage=2.0),
+        make_sequence([1, 2], [1, 0]),
+        make_sequence([8, 9, 3, 4], [0, 1, 1, 0], advantage=-1.0, rollout=-0.25),
+    ]
+    old = [torch.tensor([0.0, -1.0, 0.0]), torch.tensor([-9.0, 0.0]), torch.tensor([0.0, -2.0, -3.0, 0.0])]
+    batch = pack(sequences, [2, 0], old_logprobs=old)
+    assert batch.token_ids.tolist() == [8, 9, 3, 4, 5, 6, 7]
+    assert batch.labels.tolist() == [9, 3, 4, 0, 6, 7, 0]  # the next token of the same sequence
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 2]
+    assert batch.cu_seqlens.tolist() == [0, 4, 7]
+    assert batch.loss_mask.tolist() == [False, True, True, False, False, True, False]
+    assert batch.advantages.tolist() == [0, -1, -1, 0, 0, 2, 0]
+    assert batch.rollout_logprobs.tolist() == [0, -0.25, -0.25, 0, 0, -0.5, 0]
+    assert batch.old_logprobs is not None
+    assert batch.old_logprobs.tolist() == [0, -2, -3, 0, 0, -1, 0]
+    assert batch.members == (2, 0)
+    dtypes = [batch.token_ids.dtype, batch.labels.dtype, batch.position_ids.dtype, batch.cu_seqlens.dtype]
+    assert dtypes == [torch.int64, torch.int64, torch.int64, torch.int32]
+    assert (batch.loss_mask.dtype, batch.advantages.dtype) == (torch.bool, torch.float32)
+
+
+@pytest.mark.parametrize(("multiple_of", "padding"), [(1, 0), (5, 0), (2, 1), (4, 3)])
+def test_a_dummy_sequence_of_mask_0_fills_up_to_a_multiple(multiple_of: int, padding: int) -> None:
+    sequences = [make_sequence([5, 6, 7], [1, 1, 0]), make_sequence([1, 2], [1, 0])]
+    old = [torch.tensor([-1.0, -2.0, 0.0]), torch.tensor([-3.0, 0.0])]
+    batch = pack(sequences, [0, 1], old_logprobs=old, multiple_of=multiple_of)
+    size = 5 + padding
+    assert batch.cu_seqlens.tolist() == [0, 3, 5] + ([size] if padding else [])
+    assert batch.members == (0, 1)
+    assert batch.position_ids.tolist() == [0, 1, 2, 0, 1, *range(padding)]
+    assert batch.old_logprobs is not None
+    for tensor in (batch.token_ids, batch.labels, batch.loss_mask, batch.advantages, batch.rollout_logprobs):
+        assert tensor.shape == (size,)
+        assert not tensor[5:].any()
+    assert batch.old_logprobs.tolist() == [-1, -2, 0, -3, 0] + [0.0] * padding
+
+
+def test_without_old_logprobs_there_are_none() -> None:
+    assert pack([make_sequence([1, 2], [1, 0])], [0]).old_logprobs is None
