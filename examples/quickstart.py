@@ -88,7 +88,7 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
 
 def _torchrun() -> list[str]:
     return [
-        *(sys.executable, "-m", "torch.distributed.run"),
+        *(sys.executable, "-m", "megatron_fipo.launch"),
         *("--nproc-per-node", "2"),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"),
         *("-m", "megatron_fipo.train"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -13,10 +12,9 @@ from megatron_fipo.actor.megatron_flags import config_fields
 from megatron_fipo.actor.setup import Groups
 from megatron_fipo.arguments import Settings
 from megatron_fipo.checks import choose_transformer_impl
-from megatron_fipo.data import make_sources, tokenize_problem
 from megatron_fipo.metrics.run_logger import RunLogger
 from megatron_fipo.parallel import ParallelLayout
-from megatron_fipo.rewards import GraderPool, reward_name
+from megatron_fipo.problems import Problems
 from megatron_fipo.rollout.pool import EnginePool
 from megatron_fipo.rollout.server_process import start_engine
 from megatron_fipo.trainer.evaluation import EvaluationResult, evaluate
@@ -29,7 +27,7 @@ from megatron_fipo.trainer.sampling import (
     make_train_sequences,
     rollout_metrics,
 )
-from megatron_fipo.types import Group, Prompt, SamplingSettings
+from megatron_fipo.types import Group, SamplingSettings
 from megatron_fipo.weights.architecture import Architecture
 from megatron_fipo.weights.hf_files import HFWeights
 
@@ -90,25 +88,18 @@ def start_engines(settings: Settings, layout: ParallelLayout, device: torch.devi
 
 
 class RolloutSide:
-    """Rank 0's stages: problems in, graded rollout batches and evaluations out. Owns the grader's processes."""
+    """Rank 0's stages: problems in, graded rollout batches and evaluations out."""
 
-    def __init__(self, settings: Settings, generate: Generate) -> None:
-        from transformers import AutoTokenizer
-
+    def __init__(self, settings: Settings, problems: Problems, generate: Generate) -> None:
         self.settings = settings
-        source, self.eval_problems = make_sources(settings.data, settings.run.seed)
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(settings.run.hf_checkpoint)
+        self.eval_problems = problems.held_out
+        self._problems = problems
         self._generate = generate
-        self._pool = GraderPool(
-            reward_name(settings.data),
-            timeout_s=settings.data.reward_timeout_s,
-            memory_bytes=settings.data.reward_memory_mb * 2**20,
-        )
         self.collector = BatchCollector(
-            source,
+            problems.source,
             generate,
-            self._tokenizer,
-            self._pool.grade,
+            problems.tokenizer,
+            problems.graders.grade,
             collector_settings(settings.algorithm, settings.batch, settings.rollout, settings.data, settings.run.seed),
         )
 
@@ -123,10 +114,10 @@ class RolloutSide:
         """Accuracy on the held-out problems under the engines' current weights."""
         data = self.settings.data
         return evaluate(
-            [self._prompt(problem) for problem in self.eval_problems],
+            [self._problems.prompt(problem) for problem in self.eval_problems],
             self._generate,
-            self._tokenizer,
-            self._pool.grade,
+            self._problems.tokenizer,
+            self._problems.graders.grade,
             sampling=SamplingSettings(
                 self.settings.rollout.rollout_max_response_len,
                 temperature=data.eval_temperature,
@@ -134,18 +125,6 @@ class RolloutSide:
             ),
             n_samples=data.n_samples_per_eval_prompt,
             seed=self.settings.run.seed,
-        )
-
-    def close(self) -> None:
-        """End the grader's processes."""
-        self._pool.close()
-
-    def _prompt(self, problem: Any) -> Prompt:
-        return tokenize_problem(
-            problem,
-            self._tokenizer,
-            apply_chat_template=self.settings.data.apply_chat_template,
-            max_prompt_len=self.settings.rollout.rollout_max_prompt_len,
         )
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from megatron_fipo.arguments import Settings
 from megatron_fipo.config import require
 from megatron_fipo.flags.megatron_table import contradictions
+from megatron_fipo.metrics.records import EVALUATIONS_FILE, METRICS_FILE, SAMPLES_FILE
 from megatron_fipo.parallel import ParallelLayout
 from megatron_fipo.weights.architecture import (
     Architecture,
@@ -18,13 +21,52 @@ from megatron_fipo.weights.architecture import (
     to_gpt_model_fields,
     to_transformer_fields,
 )
-from megatron_fipo.weights.hf_files import HFWeights, check_hf_shapes
+from megatron_fipo.weights.hf_files import HFWeights, check_hf_shapes, check_replaceable
+
+
+@dataclass(frozen=True, eq=False)
+class Checked:
+    """A rank's part in a run that nothing speaks against so far."""
+
+    layout: ParallelLayout
+    device: torch.device
+    arch: Architecture
+    weights: HFWeights
+
+
+def check_run(settings: Settings, environment: Mapping[str, str]) -> Checked:
+    """All checks that need no other rank, no Megatron and no engine, in a second or two. Every rank calls this.
+
+    Raises ValueError naming flag, file or variable.
+    """
+    rank, world_size = ranks_from_environment(environment)
+    megatron = settings.megatron
+    layout = ParallelLayout.for_world(
+        world_size,
+        rank,
+        tp=megatron.tensor_model_parallel_size,
+        pp=megatron.pipeline_model_parallel_size,
+        cp=megatron.context_parallel_size,
+        sequence_parallel=megatron.sequence_parallel,
+    )
+    device = choose_device(settings)
+    arch, weights = check_checkpoint(settings, layout)
+    _check_directories(settings)
+    return Checked(layout, device, arch, weights)
 
 
 def ranks_from_environment(environment: Mapping[str, str]) -> tuple[int, int]:
     """(rank, world size) as torchrun, or srun, sets them. Raises ValueError when neither did."""
     for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
         if rank in environment and world in environment:
+            for name in (rank, world):
+                require(environment[name].isdecimal(), f"the variable {name}", environment[name], "a whole number")
+            require(
+                int(environment[rank]) < int(environment[world]),
+                f"the variable {rank}",
+                int(environment[rank]),
+                f"less than {world} ({environment[world]})",
+            )
             return int(environment[rank]), int(environment[world])
     raise ValueError(
         "RANK and WORLD_SIZE are not set: start with torchrun --nproc-per-node N -m megatron_fipo.train ..."
@@ -92,3 +134,41 @@ def check_checkpoint(settings: Settings, layout: ParallelLayout) -> tuple[Archit
     weights = HFWeights(directory)
     check_hf_shapes(arch, weights)
     return arch, weights
+
+
+def _check_directories(settings: Settings) -> None:
+    """What is to be read exists, and what is to be written can be, without writing over anything."""
+    run, rollout = settings.run, settings.rollout
+    if run.load is not None:
+        require(
+            Path(run.load, "latest").is_file(), "--load", run.load, "a directory of checkpoints: it has no `latest`"
+        )
+    if rollout.replay_rollouts is not None:
+        require(Path(rollout.replay_rollouts).is_dir(), "--replay-rollouts", rollout.replay_rollouts, "a directory")
+    for flag, directory in (
+        ("--output-dir", run.output_dir),
+        ("--save", run.save),
+        ("--export-hf", run.export_hf),
+        ("--record-rollouts", rollout.record_rollouts),
+        ("--tensorboard-dir", run.tensorboard_dir),
+    ):
+        if directory is not None:
+            _check_writable(flag, Path(directory))
+    if run.export_hf is not None:
+        check_replaceable(Path(run.export_hf).absolute(), Path(run.hf_checkpoint).absolute())
+    for name in (METRICS_FILE, EVALUATIONS_FILE, SAMPLES_FILE):
+        path = Path(run.output_dir, name)
+        if run.load is None and path.is_file() and path.stat().st_size > 0:
+            raise ValueError(
+                f"--output-dir is {run.output_dir!r}, which already holds the records of a run ({name}), but a fresh "
+                "run must have a directory of its own; --load resumes a run"
+            )
+
+
+def _check_writable(flag: str, directory: Path) -> None:
+    """Raise ValueError unless `directory` is one, or can be made, and files can be written to it."""
+    for path in (directory, *directory.absolute().parents):
+        if path.exists() or path.is_symlink():
+            require(path.is_dir(), flag, str(directory), f"a directory, but {path} is a file")
+            require(os.access(path, os.W_OK | os.X_OK), flag, str(directory), f"writable, but {path} is not")
+            return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,11 @@ from megatron_fipo.assembly import (
     replayed,
     start_engines,
 )
-from megatron_fipo.checks import check_checkpoint, choose_device, ranks_from_environment
+from megatron_fipo.checks import Checked
 from megatron_fipo.config import FIPOSettings
 from megatron_fipo.hybrid.turns import HybridEngine
 from megatron_fipo.metrics.run_logger import RunLogger
-from megatron_fipo.parallel import ParallelLayout
+from megatron_fipo.problems import Problems
 from megatron_fipo.rollout.pool import EnginePool
 from megatron_fipo.trainer.exchange import on_rank_zero
 from megatron_fipo.trainer.loop import Rollout, Run, train
@@ -31,28 +30,21 @@ from megatron_fipo.weights.hf_files import write_hf_checkpoint
 from megatron_fipo.weights.mapping import checked_stream
 
 
-def run(settings: Settings) -> None:
-    """Train as `settings` say. Every rank calls this; errors of the user's making are ValueErrors on all ranks."""
-    rank, world_size = ranks_from_environment(os.environ)
-    megatron = settings.megatron
-    layout = ParallelLayout.for_world(
-        world_size,
-        rank,
-        tp=megatron.tensor_model_parallel_size,
-        pp=megatron.pipeline_model_parallel_size,
-        cp=megatron.context_parallel_size,
-        sequence_parallel=megatron.sequence_parallel,
-    )
-    device = choose_device(settings)
-    arch, weights = check_checkpoint(settings, layout)
+def run(settings: Settings, checked: Checked, problems: Problems | None) -> None:
+    """Train as `settings` say, which `checked` is for. Every rank calls this.
+
+    `problems`: what rank 0 trains on; None on the other ranks, and where recorded rollouts are replayed. Errors of the
+    user's making are ValueErrors on rank 0 and ValueError or RankZeroFailed elsewhere.
+    """
+    layout, device = checked.layout, checked.device
     resume_from = None if settings.run.load is None else find_checkpoint(settings.run.load)
     first_step = 0 if resume_from is None else int(verify_checkpoint(resume_from)["step"])
     with contextlib.ExitStack() as stack:
-        log = stack.enter_context(_open_log(settings, rank, first_step if resume_from else None))
+        log = stack.enter_context(_open_log(settings, layout.rank, first_step if resume_from else None))
         for note in settings.notes:
             log.say(note)
         pool: EnginePool | None = None
-        if rank == 0 and settings.rollout.replay_rollouts is None:
+        if problems is not None:
             pool = stack.enter_context(start_engines(settings, layout, device))  # starts while the actor is built
         with log.stage("start trainer", part_of_step=False):
             if device.type == "cpu":
@@ -64,10 +56,10 @@ def run(settings: Settings) -> None:
             groups = initialize_model_parallel(
                 layout, seed=settings.run.seed, timeout_minutes=settings.run.distributed_timeout_minutes
             )
-            actor = build_trainer_side(settings, arch, weights, layout, groups, device)
+            actor = build_trainer_side(settings, checked.arch, checked.weights, layout, groups, device)
             if resume_from is not None and not load_checkpoint(actor, resume_from):
                 log.say(f"{resume_from} was saved in another layout: the run goes on, but not bit for bit")
-        stages = _Stages(settings, actor, pool, log, stack)
+        stages = _Stages(settings, actor, problems, pool, log)
         if resume_from is not None:
             stages.restore(verify_checkpoint(resume_from)["trainer"])
         stages.train(first_step)
@@ -78,7 +70,7 @@ class _Stages:
     """The callables the loop needs, over real engines or over recorded rollouts."""
 
     def __init__(
-        self, settings: Settings, actor: Actor, pool: EnginePool | None, log: RunLogger, stack: contextlib.ExitStack
+        self, settings: Settings, actor: Actor, problems: Problems | None, pool: EnginePool | None, log: RunLogger
     ) -> None:
         self.settings, self.actor, self.log = settings, actor, log
         self.layout, self.control = actor.layout, actor.groups.control
@@ -89,17 +81,21 @@ class _Stages:
             return
         with log.stage("start engines", part_of_step=False):
             self.hybrid = HybridEngine(actor, pool, bucket_bytes=settings.engine.weight_bucket_mb * 2**20)
-            self.rollout_side = self._on_rank_zero(lambda: RolloutSide(settings, self._hybrid.generate))
-            if self.rollout_side is not None:
-                stack.callback(self.rollout_side.close)
+            if problems is not None:
+                self.rollout_side = RolloutSide(settings, problems, self.hybrid.generate)
             self._on_rank_zero(lambda: pool.wait_ready() if pool else None)
 
     def restore(self, state: dict[str, Any] | None) -> None:
         """Put back what a checkpoint holds besides Megatron's state."""
-        if self.rollout_side is not None:
+
+        def restore() -> None:
+            if self.rollout_side is None:
+                return
             if state is None:
                 raise ValueError("the checkpoint was saved while replaying rollouts: it has no data position to resume")
             self.rollout_side.collector.load_state_dict(state)
+
+        self._on_rank_zero(restore)
 
     def train(self, first_step: int) -> None:
         """Evaluate, train, evaluate, export."""
@@ -111,7 +107,7 @@ class _Stages:
             )
         if self.hybrid is not None:
             with self.log.stage("first sync", part_of_step=False):
-                self.hybrid.sync_weights(first_step)
+                self._sync(first_step)
         if first_step == 0:
             self._evaluate(0)
         train(self._as_run(), first_step=first_step)
@@ -132,7 +128,7 @@ class _Stages:
             actor=self.actor,
             collect=self._collect(),
             start_training=self.hybrid.start_training if self.hybrid is not None else lambda: None,
-            sync_weights=self.hybrid.sync_weights if self.hybrid is not None else lambda version: None,
+            sync_weights=self._sync,
             evaluate=self._evaluate,
             save=self._save,
             eval_interval=settings.run.eval_interval,
@@ -151,12 +147,24 @@ class _Stages:
 
         return collect
 
-    def _evaluate(self, step: int) -> None:
-        side = self.rollout_side
-        if self.replays or (side is not None and not side.eval_problems):
+    def _sync(self, version: int) -> None:
+        """Every rank sends its part of the weights; what goes wrong between rank 0 and the engines stops all ranks."""
+        if self.hybrid is None:
             return
+        failure = self.hybrid.sync_weights(version)
+
+        def report() -> None:
+            if failure is not None:
+                raise failure
+
+        self._on_rank_zero(report)
+
+    def _evaluate(self, step: int) -> None:
+        if self.replays:
+            return
+        side = self.rollout_side
         with self.log.stage("evaluate", part_of_step=False):
-            result = side.evaluate() if side is not None else None
+            result = self._on_rank_zero(lambda: side.evaluate() if side is not None and side.eval_problems else None)
         log_evaluation(self.log, step, result)
 
     def _save(self, step: int) -> None:
@@ -175,11 +183,6 @@ class _Stages:
                 raise AssertionError("only rank 0 receives whole tensors")
             return
         write_hf_checkpoint(directory, self.settings.run.hf_checkpoint, tensors)
-
-    @property
-    def _hybrid(self) -> HybridEngine:
-        assert self.hybrid is not None
-        return self.hybrid
 
     def _on_rank_zero(self, function: Callable[[], Any]) -> Any:
         return on_rank_zero(function, self.layout, self.control)

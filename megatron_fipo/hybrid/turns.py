@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
+from torch import Tensor
+
 from megatron_fipo.actor.actor import Actor
+from megatron_fipo.rollout.engine import EngineError
 from megatron_fipo.rollout.pool import EnginePool
 from megatron_fipo.rollout.weight_bucket import make_buckets
 from megatron_fipo.types import Completion, GenerateRequest
@@ -34,10 +37,12 @@ class HybridEngine:
         self._pool = pool
         self._bucket_bytes = bucket_bytes
 
-    def sync_weights(self, version: int) -> None:
+    def sync_weights(self, version: int) -> EngineError | None:
         """Push the actor's weights as `version` to every engine. Collective over all ranks.
 
-        Consumes: the actor's parameters after its last update. Unblocks: generation under the new version.
+        Consumes: the actor's parameters after its last update. Unblocks: generation under the new version. An engine's
+        failure is returned on rank 0, not raised, after the other ranks' parts were taken all the same: they wait in
+        collectives, and the caller must tell them.
         """
         self._turn("syncing")
         tensors = self._actor.export_weights()
@@ -45,12 +50,15 @@ class HybridEngine:
             for _ in tensors:
                 raise AssertionError("only rank 0 receives whole tensors")
         else:
-            self._pool.begin_weight_update()
-            for bucket in make_buckets(tensors, self._bucket_bytes):
-                self._pool.push_bucket(bucket)
-            self._pool.end_weight_update(version)
+            try:
+                self._push(self._pool, tensors, version)
+            except EngineError as failure:
+                for _ in tensors:
+                    pass
+                return failure
         self.weight_version = version
         self._turn("generating")
+        return None
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
         """Answer requests with the weights of the last sync. Rank 0 only."""
@@ -61,6 +69,12 @@ class HybridEngine:
     def start_training(self) -> None:
         """The engines rest; the actor's turn."""
         self._turn("training")
+
+    def _push(self, pool: EnginePool, tensors: Iterator[tuple[str, Tensor]], version: int) -> None:
+        pool.begin_weight_update()
+        for bucket in make_buckets(tensors, self._bucket_bytes):
+            pool.push_bucket(bucket)
+        pool.end_weight_update(version)
 
     def _turn(self, state: State) -> None:
         assert state in _NEXT[self.state], f"{self.state} -> {state} is no turn of the hybrid engine"

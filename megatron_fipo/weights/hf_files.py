@@ -157,7 +157,7 @@ def write_hf_checkpoint(
     directory, or an export with files added, raises ValueError, as does `source_dir` itself.
     """
     save_dir, source_dir = Path(save_dir).absolute(), Path(source_dir).absolute()
-    _check_replaceable(save_dir, source_dir)
+    check_replaceable(save_dir, source_dir)
     save_dir.parent.mkdir(parents=True, exist_ok=True)
     aside = save_dir.with_name(f".{save_dir.name}.{os.getpid()}.partial")
     shutil.rmtree(aside, ignore_errors=True)
@@ -239,7 +239,7 @@ def _same_tensor(weights: HFWeights, one: str, other: str) -> bool:
     return True
 
 
-def _check_replaceable(save_dir: Path, source_dir: Path) -> None:
+def check_replaceable(save_dir: Path, source_dir: Path) -> None:
     """Raise ValueError unless `save_dir` is absent, empty, or an export with nothing added."""
     if not (source_dir / "config.json").is_file():
         raise ValueError(f"{source_dir} has no config.json to export along with the weights")
