@@ -118,6 +118,12 @@ def check_checkpoint(settings: Settings, layout: ParallelLayout) -> tuple[Archit
         raise ValueError("; ".join(differences))
     require(layout.cp == 1, "--context-parallel-size", layout.cp, "1: context parallelism is not built yet")
     check_layout(arch, layout.tp, layout.pp)
+    require(
+        arch.num_attention_heads % settings.engine.tp_size == 0,
+        "--rollout-num-gpus-per-engine",
+        settings.engine.tp_size,
+        f"a divisor of the checkpoint's {arch.num_attention_heads} attention heads",
+    )
     longest = settings.rollout.rollout_max_prompt_len + settings.rollout.rollout_max_response_len
     require(
         longest <= arch.max_position_embeddings,

@@ -26,14 +26,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     from megatron_fipo.arguments import parse_arguments
 
-    is_rank_zero = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    is_rank_zero = _is_zero("RANK", "SLURM_PROCID")
     with _signals() as received:
         try:
-            return _checked_run(parse_arguments(arguments), is_rank_zero)
+            settings = parse_arguments(arguments)
+        except ValueError as error:
+            return _fail(error, USER_ERROR, is_rank_zero)
+        try:
+            return _checked_run(settings, is_rank_zero)
         except ValueError as error:
             if received:
                 return _interrupted(received, is_rank_zero)
-            return _fail(error, USER_ERROR, is_rank_zero)
+            return _fail(error, USER_ERROR, _is_zero("LOCAL_RANK", "SLURM_LOCALID"))  # a file may be amiss on one node
         except Exception:
             # other ranks end at the same signal, and this one may notice that first
             if received:
@@ -94,8 +98,14 @@ def _interrupted(received: Sequence[int], is_rank_zero: bool) -> int:
     return 128 + number
 
 
-def _fail(error: Exception, status: int, is_rank_zero: bool) -> int:
-    if is_rank_zero:
+def _is_zero(*variables: str) -> bool:
+    """Whether the first of these variables that is set says 0; True when it says nothing that can be read."""
+    value = next((os.environ[name] for name in variables if name in os.environ), "0")
+    return not value.isdecimal() or int(value) == 0
+
+
+def _fail(error: Exception, status: int, speaks: bool) -> int:
+    if speaks:
         print(f"error: {error}", file=sys.stderr, flush=True)
     return status
 
