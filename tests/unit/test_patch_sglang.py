@@ -80,6 +80,11 @@ def test_children_are_forked_although_sglang_asks_for_spawn(patched) -> None:
     assert patched["asks_for_spawn"]
 
 
+def test_megatron_stays_out_of_the_engine_although_sglang_asks_for_it(patched) -> None:
+    assert patched["dumper_asks_for_megatron"]
+    assert patched["megatron"] == "None"
+
+
 def test_our_families_load_without_the_whole_registry(patched) -> None:
     assert patched["families"] == ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]
     assert patched["registry_untouched"]
@@ -101,6 +106,7 @@ def _report() -> dict[str, Any]:
     report |= _report_stubs() | _report_platform() | _report_sampler() | _report_attention() | _report_process()
     from sglang.srt.models.registry import ModelRegistry
 
+    report |= _report_megatron()
     families = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
     report["families"] = [ModelRegistry.resolve_model_cls([name])[0].__name__ for name in families]
     report["registry_untouched"] = not ModelRegistry._default_models_loaded
@@ -201,6 +207,15 @@ def _report_process() -> dict[str, Any]:
 
     asks = 'set_start_method("spawn", force=True)' in inspect.getsource(engine)
     return {"process_class": engine.mp.Process.__name__, "asks_for_spawn": asks}
+
+
+def _report_megatron() -> dict[str, Any]:
+    import inspect
+
+    from sglang.srt.debug_utils import dumper
+
+    asks = "from megatron.core import" in inspect.getsource(dumper._MegatronPlugin)
+    return {"dumper_asks_for_megatron": asks, "megatron": str(sys.modules.get("megatron"))}
 
 
 def _fastest_ms(function: Callable[[], object]) -> float:
