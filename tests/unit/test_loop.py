@@ -1,0 +1,280 @@
+"""The training loop with fakes for everything it is handed: what is called when, with what, and what is logged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_fipo.config import FIPOSettings, PPOSettings
+from megatron_fipo.metrics.run_logger import RunLogger
+from megatron_fipo.parallel import ParallelLayout
+from megatron_fipo.trainer.agreement import EngineDisagrees
+from megatron_fipo.trainer.loop import Rollout, Run, train
+from megatron_fipo.types import TrainSequence
+
+NUM_SEQUENCES, NUM_UPDATES = 4, 2
+
+
+@pytest.fixture(scope="module")
+def control() -> Iterator[dist.ProcessGroup]:
+    """A gloo job of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    group = dist.group.WORLD
+    assert group is not None
+    yield group
+    dist.destroy_process_group()
+
+
+class World:
+    """Stands for the actor, the engines and the disk, and keeps one diary of all that is asked of them."""
+
+    def __init__(self) -> None:
+        self.diary: list[Any] = []
+        self.mismatch = 0.25
+        self.num_updates_done = 0
+        self.engine_version = 0
+
+    def collect(self, step: int) -> Rollout:
+        self.diary.append(("collect", step))
+        sequences = [make_sequence(f"s{step}/{i}", 2 + i, version=self.engine_version) for i in range(NUM_SEQUENCES)]
+        return Rollout(sequences, {"accuracy": step / 10}, [{"uid": sequences[0].uid, "text": "4"}])
+
+    def start_training(self) -> None:
+        self.diary.append("start training")
+
+    def old_logprobs(self, sequences: Sequence[TrainSequence]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        self.diary.append(("old log-probs", [sequence.uid for sequence in sequences]))
+        logprobs = [torch.from_numpy(sequence.rollout_logprobs) - self.mismatch for sequence in sequences]
+        return logprobs, [torch.full(row.shape, 1.5) for row in logprobs]
+
+    def update(
+        self,
+        sequences: Sequence[TrainSequence],
+        old_logprobs: Sequence[torch.Tensor],
+        *,
+        algorithm: str,
+        settings: PPOSettings,
+    ) -> dict[str, float]:
+        self.diary.append(("update", [sequence.uid for sequence in sequences], algorithm))
+        for sequence, row in zip(sequences, old_logprobs, strict=True):
+            wanted = torch.from_numpy(sequence.rollout_logprobs) - self.mismatch
+            assert torch.equal(row, wanted), "log-probs of another sequence"
+        self.num_updates_done += 1
+        n = float(self.num_updates_done)
+        metrics = {"pg_loss": n, "lr": 0.1 * n, "grad_norm": 10 * n}
+        return metrics | ({"future_kl_std": 0.01 * n} if isinstance(settings, FIPOSettings) else {})
+
+    def sync_weights(self, version: int) -> None:
+        self.diary.append(("sync", version))
+        self.engine_version = version
+
+    def evaluate(self, step: int) -> None:
+        self.diary.append(("evaluate", step))
+
+    def save(self, step: int) -> None:
+        self.diary.append(("save", step))
+
+
+def make_sequence(uid: str, length: int, *, version: int) -> TrainSequence:
+    mask = np.arange(length) < length - 1
+    return TrainSequence(
+        uid=uid,
+        token_ids=np.zeros(length, dtype=np.int64),
+        loss_mask=mask,
+        advantages=mask.astype(np.float32),
+        rollout_logprobs=np.where(mask, np.float32(-length), np.float32(0)),
+        weight_version=version,
+    )
+
+
+def make_run(world: World, control: dist.ProcessGroup, run_dir: Path, *, num_steps: int = 2, **options: Any) -> Run:
+    settings: dict[str, Any] = {
+        "algorithm": "fipo",
+        "loss": FIPOSettings(),
+        "num_steps": num_steps,
+        "num_updates": NUM_UPDATES,
+        "layout": ParallelLayout(),
+        "control": control,
+        "actor": world,
+        "collect": world.collect,
+        "start_training": world.start_training,
+        "sync_weights": world.sync_weights,
+        "evaluate": world.evaluate,
+        "save": world.save,
+        "eval_interval": None,
+        "save_interval": None,
+        "engine_mismatch_limit": 1.0,
+    }
+    resume_step = options.pop("resume_step", None)
+    log = RunLogger(run_dir, total_steps=num_steps, resume_step=resume_step)
+    return Run(**{**settings, "log": log, **options})
+
+
+def records(run_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
+
+
+def test_a_step_happens_in_order(control: dist.ProcessGroup, tmp_path: Path) -> None:
+    world = World()
+    train(make_run(world, control, tmp_path), first_step=0)
+    expected: list[Any] = []
+    for step in (1, 2):
+        uids = [f"s{step}/{i}" for i in range(NUM_SEQUENCES)]
+        expected += [
+            ("collect", step),
+            "start training",
+            ("old log-probs", uids),  # of the whole batch, before any update
+            ("update", uids[:2], "fipo"),
+            ("update", uids[2:], "fipo"),
+            ("sync", step),  # weights of version v are those after v steps
+        ]
+    assert world.diary == [*expected, ("save", 2)]
+
+
+def test_every_step_is_logged_with_the_means_over_its_updates(control: dist.ProcessGroup, tmp_path: Path) -> None:
+    train(make_run(World(), control, tmp_path), first_step=0)
+    first, second = records(tmp_path)
+    assert (first["step"], second["step"]) == (1, 2)
+    wanted = {
+        "accuracy": 0.2,
+        "entropy": 1.5,
+        "engine_mismatch/mean": 0.25,
+        "engine_mismatch/num_tokens": 1 + 2 + 3 + 4,  # so the rollout's version was the expected one
+        "pg_loss": 3.5,
+        "grad_norm": 35.0,
+        "num_tokens": 2 + 3 + 4 + 5,
+    }
+    assert {name: second[name] for name in wanted} == pytest.approx(wanted)
+    assert [update["pg_loss"] for update in second["updates"]] == [3.0, 4.0]
+    assert {"time/rollout", "time/logprobs", "time/update", "time/sync"} <= second.keys()
+    assert [(sample["step"], sample["uid"]) for sample in records(tmp_path, "samples.jsonl")] == [
+        (1, "s1/0"),
+        (2, "s2/0"),
+    ]
+
+
+def test_the_learning_rate_is_the_last_updates_and_the_noise_gauge_the_firsts(
+    control: dist.ProcessGroup, tmp_path: Path
+) -> None:
+    train(make_run(World(), control, tmp_path), first_step=0)
+    second = records(tmp_path)[1]
+    assert second["lr"] == pytest.approx(0.4)
+    assert second["noise_gauge"] == pytest.approx(0.03)
+    assert second["future_kl_std"] == pytest.approx(0.035)
+
+
+def test_an_algorithm_without_future_kl_has_no_noise_gauge(control: dist.ProcessGroup, tmp_path: Path) -> None:
+    world = World()
+    train(make_run(world, control, tmp_path, algorithm="dapo", loss=PPOSettings()), first_step=0)
+    assert "noise_gauge" not in records(tmp_path)[0]
+    assert ("update", ["s1/0", "s1/1"], "dapo") in world.diary
+
+
+def test_evaluations_and_checkpoints_keep_their_intervals_and_the_end_is_saved(
+    control: dist.ProcessGroup, tmp_path: Path
+) -> None:
+    world = World()
+    train(make_run(world, control, tmp_path, num_steps=7, eval_interval=2, save_interval=3), first_step=0)
+    done = [entry for entry in world.diary if entry[0] in ("sync", "evaluate", "save")]
+    assert done == [
+        ("sync", 1),
+        ("sync", 2),
+        ("evaluate", 2),
+        ("sync", 3),
+        ("save", 3),
+        ("sync", 4),
+        ("evaluate", 4),
+        ("sync", 5),
+        ("sync", 6),
+        ("evaluate", 6),
+        ("save", 6),
+        ("sync", 7),
+        ("save", 7),
+    ]
+
+
+def test_the_last_step_is_saved_once_and_evaluated_by_the_caller(control: dist.ProcessGroup, tmp_path: Path) -> None:
+    world = World()
+    train(make_run(world, control, tmp_path, num_steps=2, eval_interval=1, save_interval=1), first_step=0)
+    assert [entry for entry in world.diary if entry[0] in ("evaluate", "save")] == [
+        ("evaluate", 1),
+        ("save", 1),
+        ("save", 2),
+    ]
+
+
+def test_a_resumed_run_goes_on_with_the_next_step(control: dist.ProcessGroup, tmp_path: Path) -> None:
+    train(make_run(World(), control, tmp_path, num_steps=2), first_step=0)
+    world = World()
+    world.engine_version = 2
+    train(make_run(world, control, tmp_path, num_steps=3, resume_step=2), first_step=2)
+    assert world.diary[0] == ("collect", 3)
+    assert ("sync", 3) in world.diary
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 3]
+    assert records(tmp_path)[2]["engine_mismatch/num_tokens"] == 10
+
+
+def test_a_finished_run_has_nothing_to_do(control: dist.ProcessGroup, tmp_path: Path) -> None:
+    world = World()
+    train(make_run(world, control, tmp_path, num_steps=2, resume_step=2), first_step=2)
+    assert world.diary == []
+
+
+def test_samples_of_older_weights_are_trained_on_but_not_compared(control: dist.ProcessGroup, tmp_path: Path) -> None:
+    world = World()
+
+    def with_surplus(step: int) -> Rollout:
+        rollout = world.collect(step)
+        stale = [replace(sequence, weight_version=step - 2) for sequence in rollout.sequences[:2]]
+        return replace(rollout, sequences=[*stale, *rollout.sequences[2:]])
+
+    train(make_run(world, control, tmp_path, collect=with_surplus), first_step=0)
+    assert records(tmp_path)[1]["engine_mismatch/num_tokens"] == 3 + 4
+    assert world.num_updates_done == 4
+
+
+def test_an_engine_that_disagrees_stops_the_run_before_any_update(control: dist.ProcessGroup, tmp_path: Path) -> None:
+    world = World()
+    world.mismatch = 3.0
+    with pytest.raises(EngineDisagrees, match=r"by 3\.000 on average, but --engine-mismatch-limit is 1\.0"):
+        train(make_run(world, control, tmp_path), first_step=0)
+    assert world.num_updates_done == 0
+    assert not any(entry[0] in ("sync", "save") for entry in world.diary)
+
+
+def test_a_failing_rollout_ends_the_run_with_its_own_error(control: dist.ProcessGroup, tmp_path: Path) -> None:
+    world = World()
+
+    def fail(step: int) -> Rollout:
+        raise ValueError("the problems are too easy")
+
+    with pytest.raises(ValueError, match="the problems are too easy"):
+        train(make_run(world, control, tmp_path, collect=fail), first_step=0)
+    assert world.diary == []
+
+
+def test_recorded_rollouts_train_without_an_engine(control: dist.ProcessGroup, tmp_path: Path) -> None:
+    world, replayed = World(), World()
+    train(make_run(world, control, tmp_path / "live"), first_step=0)
+    rollouts = {step: World().collect(step) for step in (1, 2)}
+    run = make_run(
+        replayed,
+        control,
+        tmp_path / "replay",
+        collect=rollouts.__getitem__,
+        start_training=lambda: None,
+        sync_weights=lambda version: None,
+    )
+    train(run, first_step=0)
+    asked_of_the_actor = [entry for entry in world.diary if entry[0] in ("old log-probs", "update", "save")]
+    assert replayed.diary == asked_of_the_actor
+    live, again = (records(tmp_path / name) for name in ("live", "replay"))
+    assert [record["updates"] for record in live] == [record["updates"] for record in again]
