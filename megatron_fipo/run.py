@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fipo.actor.actor import Actor
-from megatron_fipo.actor.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint, verify_checkpoint
+from megatron_fipo.actor.checkpoint import load_checkpoint, save_checkpoint
+from megatron_fipo.actor.checkpoint_files import find_checkpoint, read_run_state, verify_checkpoint_together
 from megatron_fipo.actor.setup import initialize_distributed, initialize_model_parallel, shut_down
 from megatron_fipo.arguments import Settings
 from megatron_fipo.assembly import (
@@ -30,40 +31,56 @@ from megatron_fipo.weights.hf_files import write_hf_checkpoint
 from megatron_fipo.weights.mapping import checked_stream
 
 
-def run(settings: Settings, checked: Checked, problems: Problems | None) -> None:
+def run(settings: Settings, checked: Checked, problems: Problems | None, ending: Callable[[], None]) -> None:
     """Train as `settings` say, which `checked` is for. Every rank calls this.
 
-    `problems`: what rank 0 trains on; None on the other ranks, and where recorded rollouts are replayed. Errors of the
-    user's making are ValueErrors on rank 0 and ValueError or RankZeroFailed elsewhere.
+    `problems`: what rank 0 trains on; None on the other ranks, and where recorded rollouts are replayed. `ending` is
+    called before the clean-up, however the run went. Errors of the user's making are ValueErrors on rank 0 and
+    ValueError or RankZeroFailed elsewhere.
     """
+    with contextlib.ExitStack() as stack:
+        try:
+            _run(settings, checked, problems, stack)
+        finally:
+            ending()
+
+
+def _run(settings: Settings, checked: Checked, problems: Problems | None, stack: contextlib.ExitStack) -> None:
     layout, device = checked.layout, checked.device
     resume_from = None if settings.run.load is None else find_checkpoint(settings.run.load)
-    first_step = 0 if resume_from is None else int(verify_checkpoint(resume_from)["step"])
-    with contextlib.ExitStack() as stack:
-        log = stack.enter_context(_open_log(settings, layout.rank, first_step if resume_from else None))
-        for note in settings.notes:
-            log.say(note)
-        pool: EnginePool | None = None
-        if problems is not None:
-            pool = stack.enter_context(start_engines(settings, layout, device))  # starts while the actor is built
-        with log.stage("start trainer", part_of_step=False):
-            if device.type == "cpu":
-                from megatron_fipo.patches.megatron_cpu import apply_patches
+    initialize_distributed(device, timeout_minutes=settings.run.distributed_timeout_minutes)
+    stack.callback(shut_down)
+    saved: dict[str, Any] = {"step": 0}
+    if resume_from is not None:
+        verify_checkpoint_together(resume_from)  # before the log drops what came after it
+        saved = read_run_state(resume_from)
+    first_step = saved["step"]
+    if first_step >= settings.run.train_iters:
+        raise ValueError(
+            f"--train-iters is {settings.run.train_iters}, but {resume_from} (--load) already has {first_step} steps"
+        )
+    log = stack.enter_context(_open_log(settings, layout.rank, first_step if resume_from else None))
+    for note in settings.notes:
+        log.say(note)
+    pool: EnginePool | None = None
+    if problems is not None:
+        pool = stack.enter_context(start_engines(settings, layout, device))  # starts while the actor is built
+    with log.stage("start trainer", part_of_step=False):
+        if device.type == "cpu":
+            from megatron_fipo.patches.megatron_cpu import apply_patches
 
-                apply_patches()
-            initialize_distributed(device, timeout_minutes=settings.run.distributed_timeout_minutes)
-            stack.callback(shut_down)
-            groups = initialize_model_parallel(
-                layout, seed=settings.run.seed, timeout_minutes=settings.run.distributed_timeout_minutes
-            )
-            actor = build_trainer_side(settings, checked.arch, checked.weights, layout, groups, device)
-            if resume_from is not None and not load_checkpoint(actor, resume_from):
-                log.say(f"{resume_from} was saved in another layout: the run goes on, but not bit for bit")
-        stages = _Stages(settings, actor, problems, pool, log)
-        if resume_from is not None:
-            stages.restore(verify_checkpoint(resume_from)["trainer"])
-        stages.train(first_step)
-        log.say(log.timings_table())
+            apply_patches()
+        groups = initialize_model_parallel(
+            layout, seed=settings.run.seed, timeout_minutes=settings.run.distributed_timeout_minutes
+        )
+        actor = build_trainer_side(settings, checked.arch, checked.weights, layout, groups, device)
+        if resume_from is not None and not load_checkpoint(actor, resume_from):
+            log.say(f"{resume_from} was saved in another layout: the run goes on, but not bit for bit")
+    stages = _Stages(settings, actor, problems, pool, log)
+    if resume_from is not None:
+        stages.restore(saved["trainer"])
+    stages.train(first_step)
+    log.say(log.timings_table())
 
 
 class _Stages:
@@ -100,11 +117,6 @@ class _Stages:
     def train(self, first_step: int) -> None:
         """Evaluate, train, evaluate, export."""
         run_settings = self.settings.run
-        if first_step >= run_settings.train_iters:
-            raise ValueError(
-                f"--train-iters is {run_settings.train_iters}, but the checkpoint in --load already has "
-                f"{first_step} steps"
-            )
         if self.hybrid is not None:
             with self.log.stage("first sync", part_of_step=False):
                 self._sync(first_step)

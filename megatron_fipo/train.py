@@ -7,9 +7,9 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_fipo.arguments import Settings
@@ -27,27 +27,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from megatron_fipo.arguments import parse_arguments
 
     is_rank_zero = _is_zero("RANK", "SLURM_PROCID")
-    with _signals() as received:
+    with _Signals() as signals:
         try:
             settings = parse_arguments(arguments)
         except ValueError as error:
             return _fail(error, USER_ERROR, is_rank_zero)
         try:
-            return _checked_run(settings, is_rank_zero)
+            return _checked_run(settings, signals.ending, is_rank_zero)
         except ValueError as error:
-            if received:
-                return _interrupted(received, is_rank_zero)
+            if signals.received:
+                return _interrupted(signals.received, is_rank_zero)
             return _fail(error, USER_ERROR, _is_zero("LOCAL_RANK", "SLURM_LOCALID"))  # a file may be amiss on one node
         except Exception:
             # other ranks end at the same signal, and this one may notice that first
-            if received:
-                return _interrupted(received, is_rank_zero)
+            if signals.received:
+                return _interrupted(signals.received, is_rank_zero)
             raise
         except KeyboardInterrupt:
-            return _interrupted(received, is_rank_zero)
+            return _interrupted(signals.received, is_rank_zero)
 
 
-def _checked_run(settings: Settings, is_rank_zero: bool) -> int:
+def _checked_run(settings: Settings, ending: Callable[[], None], is_rank_zero: bool) -> int:
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")  # upstream's notes to its own developers
     from megatron_fipo.checks import check_run
     from megatron_fipo.problems import open_problems
@@ -64,7 +64,7 @@ def _checked_run(settings: Settings, is_rank_zero: bool) -> int:
         from megatron_fipo.trainer.exchange import RankZeroFailed
 
         try:
-            run(settings, checked, problems)
+            run(settings, checked, problems, ending)
         except (EngineError, EngineDisagrees, NonFiniteUpdate) as error:
             return _fail(error, RUN_FAILED, is_rank_zero)
         except RankZeroFailed:
@@ -72,27 +72,39 @@ def _checked_run(settings: Settings, is_rank_zero: bool) -> int:
     return 0
 
 
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
+class _Signals:
     """Inside, the first SIGINT, SIGTERM or SIGHUP raises KeyboardInterrupt, so that engines and graders are ended on
-    the way out; later ones do nothing: a terminal and torchrun may both send one. Yields the list of what came."""
-    received: list[int] = []
+    the way out. Later ones do nothing (a terminal and torchrun may both send one), nor does any once the run is
+    `ending`: torchrun sends one to the ranks that are not as quick to end as the first."""
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        if len(received) == 1:
-            raise KeyboardInterrupt
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self._is_ending = False
+        self._before: dict[int, Any] = {}
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
+    def __enter__(self) -> _Signals:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def ending(self) -> None:
+        """From now on the clean-up is not to be interrupted."""
+        self._is_ending = True
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._is_ending:
+            return
+        self._is_ending = True
+        self.received.append(number)
+        raise KeyboardInterrupt
 
 
 def _interrupted(received: Sequence[int], is_rank_zero: bool) -> int:
-    number = received[0] if received else signal.SIGINT
+    number = received[0]
     if is_rank_zero:
         print(f"interrupted by {signal.Signals(number).name}", file=sys.stderr, flush=True)
     return 128 + number
