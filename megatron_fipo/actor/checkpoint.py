@@ -1,207 +1,231 @@
-"""Training state as a Megatron torch_dist checkpoint: written aside, sealed by a manifest, committed by a rename."""
+"""Training state as a Megatron torch_dist checkpoint: any layout can load it, the same layout resumes bit for bit.
+
+checkpoint_files.py commits and verifies the directory; here is what goes into it and how it comes back.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import json
-import os
-import pickle
-import shutil
-from collections.abc import Mapping
+import queue
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.safe_globals import register_safe_globals
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_fipo.actor.actor import Actor
+from megatron_fipo.actor.checkpoint_files import (
+    RUN_STATE,
+    CheckpointError,
+    agreed,
+    begin_aside,
+    commit,
+    read_run_state,
+    seal,
+)
 from megatron_fipo.actor.model import unwrapped
-
-LATEST = "latest"
-MANIFEST = "manifest.json"
-TRAINER_STATE = "trainer_state.json"
-# Adam's state in the parameters' own shapes: readable at any TP, PP and DP
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged, foreign, or of another model. Names the file."""
 
 
 def save_checkpoint(actor: Actor, root: str, step: int, trainer_state: Mapping[str, Any] | None) -> None:
     """Write `root/step_NNNNNNN` after `step` finished steps and point `root/latest` at it.
 
-    `trainer_state` (rank 0; JSON) is everything outside Megatron: data position, surplus groups, versions. Nothing
-    under the final name exists before all of it is on disk. Collective over all ranks.
+    `trainer_state` (rank 0; JSON) is everything outside Megatron: data position and surplus groups. Until all of it is
+    on disk `latest` names the checkpoint before. Raises CheckpointError on every rank when one cannot write. Collective
+    over all ranks.
     """
-    control = actor.groups.control
-    final = Path(root) / f"step_{step:07d}"
-    aside = Path(root) / f".writing_{final.name}"
-    if actor.layout.rank == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    dist.barrier(group=control)
-    state = _sharded_state(actor, is_loading=False)
-    dist_checkpointing.save(state, str(aside), content_metadata=dict(_METADATA))
-    torch.save(_rng_state(), aside / f"rng_{actor.layout.rank}.pt")
-    dist.barrier(group=control)
-    if actor.layout.rank == 0:
-        body = {"step": step, "layout": _layout_of(actor), "trainer": trainer_state}
-        (aside / TRAINER_STATE).write_text(json.dumps(body), encoding="utf-8")
-        _seal(aside)
-        if final.exists():
-            shutil.rmtree(final)
-        aside.rename(final)
-        _sync_directory(Path(root))
-        pointer = Path(root) / f".{LATEST}"
-        pointer.write_text(final.name, encoding="utf-8")
-        pointer.rename(Path(root) / LATEST)
-        _sync_directory(Path(root))
-    dist.barrier(group=control)
+    rank, control = actor.layout.rank, actor.groups.control
+    aside = agreed(lambda: str(begin_aside(Path(root), step)) if rank == 0 else None, control)[0]
+    assert aside is not None, "rank 0 names the directory"
+    directory = Path(aside)
+    with _writing_in_this_process():
+        try:
+            dist_checkpointing.save(_sharded_state(actor, is_loading=False), aside, content_metadata=_format(actor))
+        except (CheckpointException, OSError) as error:  # raised on every rank
+            raise CheckpointError(f"the checkpoint {root}/step_{step:07d} cannot be written: {error}") from error
 
+    def write_rest() -> None:
+        torch.save(_rng_state(), directory / f"rng_{rank}.pt")
+        if rank == 0:
+            state = {"step": step, "model": _model_of(actor), "layout": _layout_of(actor), "trainer": trainer_state}
+            (directory / RUN_STATE).write_text(json.dumps(state), encoding="utf-8")
 
-def find_checkpoint(root: str) -> Path:
-    """The directory `root/latest` points at. Raises CheckpointError naming --load and what is missing."""
-    pointer = Path(root) / LATEST
-    if not pointer.is_file():
-        raise CheckpointError(f"--load is {root!r}, but there is no checkpoint: {pointer} does not exist")
-    name = pointer.read_text(encoding="utf-8").strip()
-    directory = Path(root) / name
-    if Path(name).name != name or not directory.is_dir():
-        raise CheckpointError(f"{pointer} says {name!r}, which is not a checkpoint directory in {root}")
-    return directory
-
-
-def verify_checkpoint(directory: Path) -> dict[str, Any]:
-    """Check every file against the manifest (size and SHA-256) and the metadata against foreign classes.
-
-    Returns the trainer's part. Raises CheckpointError naming the first file that is missing, truncated or changed.
-    """
-    try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"]
-        found = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()} - {MANIFEST}
-        for name, entry in manifest.items():
-            if name not in found:
-                raise CheckpointError(f"{directory / name} is missing, but the checkpoint's manifest lists it")
-            size = (directory / name).stat().st_size
-            if size != entry["size_bytes"]:
-                raise CheckpointError(
-                    f"{directory / name} has {size} bytes, but the manifest says {entry['size_bytes']}"
-                )
-            if _sha256(directory / name) != entry["sha256"]:
-                raise CheckpointError(f"{directory / name} does not have the SHA-256 its manifest says: it was changed")
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{directory / MANIFEST} cannot be read: {error!r}") from error
-    if found - set(manifest):
-        raise CheckpointError(f"{directory / sorted(found - set(manifest))[0]} is not in the checkpoint's manifest")
-    _check_metadata(directory / ".metadata")
-    return json.loads((directory / TRAINER_STATE).read_text(encoding="utf-8"))
+    agreed(write_rest, control)
+    seal(directory, control)
+    agreed(lambda: commit(directory).name if rank == 0 else None, control)
 
 
 def load_checkpoint(actor: Actor, directory: Path) -> bool:
-    """Load model, optimizer, schedule and, at the layout that saved it, the random states. Call `verify_checkpoint`
-    first. Returns whether the layout is the saved one (then the run goes on bit for bit). Collective over all ranks.
+    """Load model, optimizer, schedule and, at the layout that saved it, the random states.
+
+    `directory` must have passed `verify_checkpoint`. Returns whether layout and precision are the saved ones: then the
+    run goes on bit for bit. Raises CheckpointError when it holds another model or optimizer or was trained with another
+    schedule; the actor is then of no further use. Collective over all ranks.
     """
+    state = read_run_state(directory)
+    _require_same_model(actor, directory, state["model"])
     register_safe_globals()
-    for part in getattr(actor.optimizer, "chained_optimizers", [actor.optimizer]):
-        # torch's Adam has no state before its first step, so there would be nothing to load into
-        part._init_optimizer_states_with_dummy_values()
+    _allocate_optimizer_state(actor)
+    wanted = _hyperparameters(actor)
     try:
         loaded = dist_checkpointing.load(_sharded_state(actor, is_loading=True), str(directory))
-    except (RuntimeError, dist_checkpointing.core.CheckpointingException, KeyError, ValueError) as error:
+    except (CheckpointException, CheckpointingException, RuntimeError, KeyError, ValueError) as error:
         raise CheckpointError(f"{directory} does not fit this model: {error}") from error
     unwrapped(actor.model).load_state_dict(loaded["model"])
     actor.optimizer.load_state_dict(loaded["optimizer"])
+    actor.scheduler.num_steps = 0  # it adds what it loads
     actor.scheduler.load_state_dict(loaded["scheduler"])
-    saved_layout = json.loads((directory / TRAINER_STATE).read_text(encoding="utf-8"))["layout"]
-    same_layout = saved_layout == _layout_of(actor)
+    _require_same_hyperparameters(directory, _hyperparameters(actor), wanted)
+    same_layout = state["layout"] == _layout_of(actor)
     if same_layout:
         _set_rng_state(torch.load(directory / f"rng_{actor.layout.rank}.pt", weights_only=True))
     return same_layout
 
 
+@contextmanager
+def _writing_in_this_process() -> Iterator[None]:
+    """Spare a synchronous save the manager process through which megatron-core hands results over: it is started by
+    spawning, lives as long as this process, and survives its being killed."""
+    assert hasattr(filesystem_async, "_results_queue"), "megatron-core's FileSystemWriterAsync has changed"
+    before = filesystem_async._results_queue
+    filesystem_async._results_queue = queue.Queue()
+    try:
+        yield
+    finally:
+        filesystem_async._results_queue = before
+
+
+def _allocate_optimizer_state(actor: Actor) -> None:
+    """Give Adam moments to load into: torch's has none before its first step. Parameters stay as they are."""
+    for part in _distributed_parts(actor):
+        rates = [group["lr"] for group in part.param_groups]
+        for group in part.param_groups:
+            group["lr"] = 0.0  # the step with zero gradients would still decay the weights
+        part._init_optimizer_states_with_dummy_values()
+        for group, rate in zip(part.param_groups, rates):
+            group["lr"] = rate
+
+
+def _distributed_parts(actor: Actor) -> list[DistributedOptimizer]:
+    parts = getattr(actor.optimizer, "chained_optimizers", [actor.optimizer])
+    return [part for part in parts if isinstance(part, DistributedOptimizer)]
+
+
+def _format(actor: Actor) -> dict[str, Any]:
+    """Adam's state in the parameters' own shapes: readable at any TP, PP and DP."""
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": _is_on_cpu(actor),  # gather over gloo, without `.cuda()`
+    }
+
+
+def _is_on_cpu(actor: Actor) -> bool:
+    return next(actor.model.parameters()).device.type == "cpu"
+
+
 def _sharded_state(actor: Actor, *, is_loading: bool) -> dict[str, Any]:
+    for part in _distributed_parts(actor):
+        part.get_parameter_state_dp_zero = functools.partial(_state_with_gaps, part)
+        if _is_on_cpu(actor):
+            part.data_parallel_group_gloo = part.data_parallel_group  # which is gloo already
     model = unwrapped(actor.model).sharded_state_dict()
     return {
         "model": model,
-        "optimizer": actor.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(_METADATA)),
+        "optimizer": actor.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_format(actor)),
         "scheduler": actor.scheduler.state_dict(),
     }
 
 
-def _layout_of(actor: Actor) -> dict[str, int]:
+def _state_with_gaps(part: DistributedOptimizer, **options: Any) -> dict[Any, Any] | None:
+    """`get_parameter_state_dp_zero` with every bucket where the buffer has it.
+
+    megatron-core strings the buckets together without the padding at their ends, but then cuts parameters out at their
+    places in the padded buffer: with two buckets (a tied embedding on the last stage, or overlapping reduction) and a
+    padded one, all later parameters would be saved with their neighbours' moments, without an error.
+    """
+    state = DistributedOptimizer.get_parameter_state_dp_zero(part, **options)
+    if state is None:
+        return None
+    for index, buffer in enumerate(part.buffers):
+        for tensors in state[index].values():
+            for name, packed in tensors.items():
+                if name != "numel_unpadded":
+                    tensors[name] = _spread(packed, buffer)
+    return state
+
+
+def _spread(packed: torch.Tensor, buffer: Any) -> torch.Tensor:
+    """[buffer.numel_unpadded] -> [buffer.numel], zeros in the padding of buckets."""
+    spread = packed.new_zeros(buffer.numel)
+    start = 0
+    for bucket in buffer.buckets:
+        end = start + bucket.numel_unpadded
+        spread[bucket.offset : bucket.offset + bucket.numel_unpadded] = packed[start:end]
+        start = end
+    assert start == len(packed), (start, len(packed))
+    return spread
+
+
+def _model_of(actor: Actor) -> dict[str, Any]:
+    """What a checkpoint must share with the actor that loads it."""
+    architecture = asdict(actor.arch)
+    architecture.pop("dtype")  # how the Hugging Face files hold the weights: nothing the checkpoint depends on
+    return {**architecture, "use_distributed_optimizer": actor.model.ddp_config.use_distributed_optimizer}
+
+
+def _require_same_model(actor: Actor, directory: Path, saved: Mapping[str, Any]) -> None:
+    for name, value in _model_of(actor).items():
+        if saved.get(name) != value:
+            raise CheckpointError(
+                f"{directory / RUN_STATE} is of another model: its {name} is {saved.get(name)!r}, but this run's "
+                f"(--hf-checkpoint and flags) is {value!r}"
+            )
+
+
+def _hyperparameters(actor: Actor) -> dict[str, Any]:
+    """What flags say and loading would silently replace."""
+    schedule = {name: value for name, value in actor.scheduler.state_dict().items() if name != "num_steps"}
+    group = actor.optimizer.param_groups[0]
+    return {**schedule, "adam_beta1": group["betas"][0], "adam_beta2": group["betas"][1], "adam_eps": group["eps"]}
+
+
+def _require_same_hyperparameters(directory: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    for name, value in wanted.items():
+        if saved[name] != value:
+            raise CheckpointError(
+                f"{directory} was trained with {name} {saved[name]}, but this run's flags say {value}"
+            )
+
+
+def _layout_of(actor: Actor) -> dict[str, Any]:
+    """What must be the same for the run to go on bit for bit."""
     layout = actor.layout
-    return {"tp": layout.tp, "pp": layout.pp, "cp": layout.cp, "dp": layout.dp}
+    return {
+        **{"tp": layout.tp, "pp": layout.pp, "cp": layout.cp, "dp": layout.dp},
+        "sequence_parallel": layout.sequence_parallel,
+        "params_dtype": str(next(actor.model.parameters()).dtype),
+        "device": next(actor.model.parameters()).device.type,
+    }
 
 
-def _rng_state() -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
+def _rng_state() -> dict[str, Any]:
+    state: dict[str, Any] = {"cpu": torch.get_rng_state(), "tracker": dict(get_cuda_rng_tracker().get_states())}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
 
-def _set_rng_state(state: Mapping[str, torch.Tensor]) -> None:
+def _set_rng_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
+    get_cuda_rng_tracker().set_states(dict(state["tracker"]))
     if torch.cuda.is_available() and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def _seal(directory: Path) -> None:
-    """Flush every file and write the manifest, last."""
-    files = {}
-    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
-        with path.open("rb") as handle:
-            os.fsync(handle.fileno())
-        files[str(path.relative_to(directory))] = {"size_bytes": path.stat().st_size, "sha256": _sha256(path)}
-    with (directory / MANIFEST).open("w", encoding="utf-8") as handle:
-        json.dump({"files": files}, handle, indent=1)
-        handle.flush()
-        os.fsync(handle.fileno())
-    _sync_directory(directory)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Reads torch_dist's `.metadata`, which is a pickle, admitting only what such a file is made of."""
-
-    def __init__(self, path: Path, *args: Any) -> None:
-        super().__init__(*args)
-        self.path = path
-
-    def find_class(self, module: str, name: str) -> Any:
-        allowed = (
-            module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-            or (module == "torch" and name in ("Size", "device"))
-            or (module == "torch._utils" and name in ("_get_dtype",))
-            or (module == "torch.serialization" and name == "_get_layout")
-            or (module == "collections" and name == "OrderedDict")
-            or (module == "pathlib" and name in ("PosixPath", "Path", "PurePosixPath"))
-            or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
-        )
-        if not allowed:
-            raise CheckpointError(f"{self.path} holds {module}.{name}, which no checkpoint of ours contains")
-        return super().find_class(module, name)
-
-
-def _check_metadata(path: Path) -> None:
-    if path.is_file():
-        with path.open("rb") as handle:
-            try:
-                _MetadataUnpickler(path, handle).load()
-            except (pickle.UnpicklingError, EOFError, AttributeError, IndexError) as error:
-                raise CheckpointError(f"{path} is not a checkpoint's metadata: {error}") from error
