@@ -24,12 +24,11 @@ def stop_process_group(
     TimeoutError if a process outlives SIGKILL by `timeout_s` (it hangs in the kernel).
     """
     members = group_members(group_id)
-    segments = known_segments | _segments_of(members)
+    for segment in known_segments | _segments_of(members):  # first: whoever ends us may not wait
+        segment.unlink(missing_ok=True)
     for member in members:
         _kill(member)
     _, alive = psutil.wait_procs(members, timeout=timeout_s)
-    for segment in segments:
-        segment.unlink(missing_ok=True)
     shutil.rmtree(scratch_dir, ignore_errors=True)
     if alive:
         raise TimeoutError(f"processes {[member.pid for member in alive]} of the engine outlived SIGKILL")
