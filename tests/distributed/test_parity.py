@@ -23,6 +23,7 @@ MODELS = {
     for family in ("qwen2", "qwen3", "llama")
     for kind in ("tied", "untied")
 }
+ROUND_TRIP_MODELS = {"tied": "qwen2 tied", "untied": "qwen3 untied"}  # with biases, with norms of queries and keys
 ROUND_TRIPS = [
     (layout, kind, dtype) for layout in ("tp2", "pp2") for kind in ("tied", "untied") for dtype in ("fp32", "bf16")
 ]
@@ -82,7 +83,7 @@ def one_rank(hf_models: dict[str, tuple[Path, Any]], tmp_path_factory: pytest.Te
 
 @pytest.fixture(scope="module")
 def two_ranks(hf_models: dict[str, tuple[Path, Any]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    directories = {kind: str(hf_models[f"llama {kind}"][0]) for kind in ("tied", "untied")}
+    directories = {kind: str(hf_models[model][0]) for kind, model in ROUND_TRIP_MODELS.items()}
     return run_ranks(tmp_path_factory.mktemp("two-ranks"), 2, on_two_ranks, {"directories": directories})[0]
 
 
@@ -120,9 +121,11 @@ def test_logits_logprobs_entropies_and_gradients_are_transformers(
     assert found["gradients"].keys() == wanted["gradients"].keys()
     for name, gradient in wanted["gradients"].items():
         largest = gradient.abs().max()
-        # biases of keys cancel in the softmax: their true gradient is 0, what is there is rounding
-        assert largest > 1e-2 or name.endswith("k_proj.bias"), (name, largest)
-        assert (found["gradients"][name] - gradient).abs().max() <= 1e-5 * max(largest, 1.0), name
+        if name.endswith("k_proj.bias"):
+            # in all but the rotations it cancels in the softmax: little is left beside rounding
+            largest = largest.clamp(min=0.1)
+        assert largest > 1e-2, (name, largest)
+        assert (found["gradients"][name] - gradient).abs().max() <= 1e-5 * largest, name
 
 
 def test_the_scaled_rope_is_not_the_plain_one(hf_models: dict[str, tuple[Path, Any]]) -> None:
@@ -144,9 +147,9 @@ def test_bf16_stays_near_fp32(hf_models: dict[str, tuple[Path, Any]], one_rank: 
     found = torch.cat(one_rank["bf16"]["logprobs"])
     difference = (found - wanted).abs()[wanted != 0]
     assert found.dtype == torch.float32
-    # activations of 8 bits through four layers, log-probs down to -10
-    assert difference.mean() <= 0.05
-    assert difference.max() <= 0.4
+    # activations of 8 bits through four layers, log-probs down to -6
+    assert difference.mean() <= 0.01
+    assert difference.max() <= 0.05
     assert difference.max() > 1e-4  # it was bf16
 
 
@@ -172,12 +175,12 @@ def test_the_second_update_of_a_batch_feels_influence_and_the_first_does_not(one
     assert abs(second["ppo_kl"]) > 1e-4
 
 
-@pytest.mark.parametrize("what", ["advantages", "old log-probs nan", "old log-probs inf", "weights"])
+@pytest.mark.parametrize("what", ["advantages", "old log-probs nan", "old log-probs inf", "weights", "gradient"])
 def test_an_update_that_is_not_finite_is_refused_and_changes_nothing(what: str, one_rank: dict[str, Any]) -> None:
     found = one_rank["non finite"][what]
-    assert found["error"].startswith("NonFiniteUpdate: the ")
-    assert "the parameters are unchanged" in found["error"]
-    assert found["unchanged"]
+    where = "gradient" if what == "gradient" else "loss"
+    wanted = f"NonFiniteUpdate: the {where} of this update is NaN or infinite; the parameters are unchanged"
+    assert found == {"error": wanted, "unchanged": True}
 
 
 def test_after_refused_updates_a_clean_one_is_as_if_they_had_never_been(one_rank: dict[str, Any]) -> None:
@@ -192,7 +195,7 @@ def test_weights_come_back_bit_for_bit(
     layout: str, kind: str, dtype: str, hf_models: dict[str, tuple[Path, Any]], two_ranks: dict[str, Any]
 ) -> None:
     exported = two_ranks[f"{layout} {kind} {dtype}"]
-    model = hf_models[f"llama {kind}"][1]
+    model = hf_models[ROUND_TRIP_MODELS[kind]][1]
     wanted = {name: p.detach() for name, p in model.named_parameters()}
     assert exported.keys() == wanted.keys()
     assert ("lm_head.weight" in wanted) == (kind == "untied")
@@ -312,11 +315,14 @@ def poisoned_updates(actor: Any, control: Any) -> dict[str, Any]:
         "old log-probs nan": attempt(sequences, poisoned(float("nan"))),
         "old log-probs inf": attempt(sequences, poisoned(float("-inf"))),
     }
-    weight = unwrapped(actor.model).decoder.final_layernorm.weight.data
-    kept = weight[0].clone()
-    weight[0] = before["model.norm.weight"][0] = float("nan")
+    weight = unwrapped(actor.model).decoder.final_layernorm.weight
+    hook = weight.register_hook(lambda gradient: gradient * float("inf"))  # finite loss, gradient not
+    found["gradient"] = attempt(sequences, logprobs)
+    hook.remove()
+    kept = weight.data[0].clone()
+    weight.data[0] = before["model.norm.weight"][0] = float("nan")
     found["weights"] = attempt(sequences, logprobs)
-    weight[0] = before["model.norm.weight"][0] = kept
+    weight.data[0] = before["model.norm.weight"][0] = kept
     metrics = [a.update(sequences, logprobs, algorithm="fipo", settings=settings()) for a in (actor, control)]
     after, wanted = exported_weights(actor), exported_weights(control)
     found["clean update changed"] = max(float((after[name] - before[name]).abs().max()) for name in before)

@@ -1,0 +1,197 @@
+"""What is found wrong before anything is started: ranks, devices, the checkpoint, the layout, directories."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from megatron_fipo.arguments import Settings, parse_arguments
+from megatron_fipo.checks import (
+    check_checkpoint,
+    check_run,
+    choose_device,
+    choose_transformer_impl,
+    ranks_from_environment,
+)
+from megatron_fipo.parallel import ParallelLayout
+from megatron_fipo.weights.architecture import hf_shapes, read_architecture
+
+CONFIG: dict[str, Any] = {
+    "model_type": "qwen2",
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "vocab_size": 50,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
+}
+ALONE = {"RANK": "0", "WORLD_SIZE": "1"}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("checkpoint")
+    (directory / "config.json").write_text(json.dumps(CONFIG))
+    shapes = hf_shapes(read_architecture(directory))
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, directory / "model.safetensors")
+    return directory
+
+
+def parse(checkpoint: Path, *flags: str, output_dir: Path | str = "runs/none") -> Settings:
+    small = ["--rollout-batch-size", "4", "--n-samples-per-prompt", "2", "--num-updates-per-rollout", "2"]
+    lengths = ["--rollout-max-prompt-len", "64", "--rollout-max-response-len", "128", "--overlong-buffer-len", "16"]
+    where = ["--hf-checkpoint", str(checkpoint), "--task", "chain_sum", "--output-dir", str(output_dir)]
+    return parse_arguments([*where, *small, *lengths, *flags])
+
+
+def test_a_rank_learns_its_place_from_torchrun_or_slurm() -> None:
+    assert ranks_from_environment({"RANK": "3", "WORLD_SIZE": "8"}) == (3, 8)
+    assert ranks_from_environment({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}) == (1, 2)
+    both = {"RANK": "3", "WORLD_SIZE": "8", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}
+    assert ranks_from_environment(both) == (3, 8)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({}, "RANK and WORLD_SIZE are not set: start with torchrun"),
+        ({"RANK": "0"}, "RANK and WORLD_SIZE are not set"),
+        ({"RANK": "x", "WORLD_SIZE": "1"}, "the variable RANK is 'x', but must be a whole number"),
+        ({"RANK": "0", "WORLD_SIZE": "-1"}, "the variable WORLD_SIZE is '-1', but must be a whole number"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, r"the variable RANK is 2, but must be less than WORLD_SIZE \(2\)"),
+    ],
+)
+def test_an_environment_without_a_place_is_refused(environment: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ranks_from_environment(environment)
+
+
+def test_a_machine_without_cuda_trains_on_its_cpu(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for flags in ((), ("--device", "cpu")):
+        device = choose_device(parse(checkpoint, *flags))
+        assert device == torch.device("cpu")
+        assert choose_transformer_impl(parse(checkpoint, *flags), device) == "local"
+    with pytest.raises(ValueError, match="--device is 'cuda', but must be cpu or auto: no CUDA device is visible"):
+        choose_device(parse(checkpoint, "--device", "cuda"))
+
+
+def test_a_machine_with_cuda_uses_the_ranks_own_device(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert choose_device(parse(checkpoint)) == torch.device("cuda", 3)
+    assert choose_device(parse(checkpoint, "--device", "cpu")) == torch.device("cpu")
+    monkeypatch.delenv("LOCAL_RANK")
+    monkeypatch.setenv("SLURM_LOCALID", "1")
+    assert choose_device(parse(checkpoint, "--device", "cuda")) == torch.device("cuda", 1)
+    assert chosen == [torch.device("cuda", 3), torch.device("cuda", 1)]
+
+
+def test_layers_are_transformer_engines_on_cuda_unless_told_otherwise(checkpoint: Path) -> None:
+    cuda = torch.device("cuda", 0)
+    assert choose_transformer_impl(parse(checkpoint), cuda) == "transformer_engine"
+    assert choose_transformer_impl(parse(checkpoint, "--transformer-impl", "local"), cuda) == "local"
+    with pytest.raises(ValueError, match="--transformer-impl is 'transformer_engine', but must be local where"):
+        choose_transformer_impl(parse(checkpoint, "--transformer-impl", "transformer_engine"), torch.device("cpu"))
+
+
+def test_a_checkpoint_that_fits_comes_back_read(checkpoint: Path) -> None:
+    arch, weights = check_checkpoint(parse(checkpoint, "--num-layers", "4"), ParallelLayout(tp=2, pp=2))
+    assert (arch.family, arch.num_layers, arch.hidden_size, arch.vocab_size, arch.tied) == ("qwen2", 4, 48, 50, True)
+    assert set(hf_shapes(arch)) == set(weights.names)
+
+
+@pytest.mark.parametrize(
+    ("flags", "layout", "fragments"),
+    [
+        (["--num-layers", "5", "--hidden-size", "64"], {}, ["--num-layers", "5", "4", "; ", "--hidden-size"]),
+        ([], {"pp": 3}, ["--pipeline-model-parallel-size", "3", "4"]),
+        ([], {"tp": 4}, ["--tensor-model-parallel-size", "4"]),
+        ([], {"cp": 2}, ["--context-parallel-size is 2, but must be 1: context parallelism is not built yet"]),
+        ([], {"dp": 5}, ["--global-batch-size is 4, but must be at least the number of data-parallel ranks (5)"]),
+        (["--rollout-num-gpus-per-engine", "4"], {}, ["--rollout-num-gpus-per-engine is 4", "6 attention heads"]),
+        (
+            ["--rollout-max-prompt-len", "200"],
+            {},
+            ["--rollout-max-prompt-len + --rollout-max-response-len is 328", "256 tokens", "config.json"],
+        ),
+    ],
+)
+def test_what_does_not_fit_the_checkpoint_names_flag_and_value(
+    flags: list[str], layout: dict[str, int], fragments: list[str], checkpoint: Path
+) -> None:
+    with pytest.raises(ValueError) as raised:
+        check_checkpoint(parse(checkpoint, *flags), ParallelLayout(**layout))
+    for fragment in fragments:
+        assert fragment in str(raised.value)
+
+
+def test_a_directory_that_is_no_checkpoint_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"config\.json cannot be read"):
+        check_checkpoint(parse(tmp_path), ParallelLayout())
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": 5}))
+    (tmp_path / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=r"model\.layers\.4"):
+        check_checkpoint(parse(tmp_path), ParallelLayout())
+
+
+def test_a_good_command_line_passes_and_creates_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    flags = ["--save", str(tmp_path / "a" / "save"), "--export-hf", str(tmp_path / "b")]
+    checked = check_run(parse(checkpoint, *flags, output_dir=tmp_path / "out" / "run"), ALONE)
+    assert checked.layout == ParallelLayout()
+    assert checked.arch.num_layers == 4
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_layout_is_the_worlds(checkpoint: Path, tmp_path: Path) -> None:
+    flags = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
+    checked = check_run(parse(checkpoint, *flags, output_dir=tmp_path), {"RANK": "3", "WORLD_SIZE": "4"})
+    assert checked.layout == ParallelLayout(tp=2, dp=2, sequence_parallel=True, rank=3)
+    with pytest.raises(ValueError, match=r"is 2, but must be a divisor of the number of ranks \(1\)"):
+        check_run(parse(checkpoint, *flags, output_dir=tmp_path), ALONE)
+
+
+@pytest.mark.parametrize("flag", ["--output-dir", "--save", "--export-hf", "--record-rollouts", "--tensorboard-dir"])
+def test_a_directory_to_write_to_must_not_be_a_file(flag: str, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    out = [] if flag == "--output-dir" else ["--output-dir", str(tmp_path / "out")]
+    settings = parse(checkpoint, *out, flag, str(tmp_path / "file" / "below"))
+    with pytest.raises(ValueError, match=rf"{flag} is '.*below', but must be a directory, but .*file is a file"):
+        check_run(settings, ALONE)
+
+
+def test_a_directory_to_write_to_must_be_writable(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_fipo.checks.os.access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(ValueError, match=rf"--output-dir is '.*run', but must be writable, but {tmp_path} is not"):
+        check_run(parse(checkpoint, output_dir=tmp_path / "run"), ALONE)
+
+
+def test_a_fresh_run_does_not_write_over_an_old_one(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    check_run(parse(checkpoint, output_dir=tmp_path), ALONE)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(ValueError, match=r"already holds the records of a run \(metrics\.jsonl\)"):
+        check_run(parse(checkpoint, output_dir=tmp_path), ALONE)
+
+
+def test_what_is_to_be_read_must_exist(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--load is '.*none', but must be a directory of checkpoints"):
+        check_run(parse(checkpoint, "--load", str(tmp_path / "none"), output_dir=tmp_path), ALONE)
+    with pytest.raises(ValueError, match=r"--replay-rollouts is '.*none', but must be a directory"):
+        check_run(parse(checkpoint, "--replay-rollouts", str(tmp_path / "none"), output_dir=tmp_path), ALONE)
