@@ -1,0 +1,83 @@
+"""A checkpoint resumes bit for bit in its layout, to rounding in any other, and refuses what is not its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from checkpoint_on_ranks import (
+    NUM_STEPS,
+    NUM_UPDATES,
+    SAVED_STEP,
+    WARMUP_UPDATES,
+    run_checks,
+)
+from processes import run_ranks
+from tiny_models import save_model
+
+TWO_RANKS: dict[str, dict[str, Any]] = {
+    "dp2 bf16": {"layout": {}, "bf16": True},
+    "pp2 tied bf16": {"layout": {"pp": 2}, "bf16": True},
+    "tp2 fp32": {"layout": {"tp": 2}, "bf16": False},
+    "tp2 sp bf16": {"layout": {"tp": 2, "sp": True}, "bf16": True},
+}
+ONE_RANK: dict[str, dict[str, Any]] = {"one rank fp32": {"layout": {}, "bf16": False}}
+
+
+RESHARDED = "tp2 fp32"
+
+
+@pytest.fixture(scope="module")
+def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    """What every rank found, on two ranks and on one, which loads what two wrote."""
+    directory = tmp_path_factory.mktemp("checkpoints")
+    save_model(directory / "model", "qwen2", tied=True)
+    save_model(directory / "other", "qwen3", tied=True)
+    (directory / "not a directory").write_text("")
+    shared = {"model_dir": str(directory / "model"), "roots": str(directory), "reshard_from": RESHARDED}
+    two = {"cases": TWO_RANKS, "reshard_to": [{"tp": 2}, {"pp": 2}, {}], "other_model_dir": str(directory / "other")}
+    one = {"cases": ONE_RANK, "reshard_to": [{}], "other_model_dir": None}
+    return {num: run_ranks(directory, num, run_checks, {**shared, **wanted}) for num, wanted in ((2, two), (1, one))}
+
+
+@pytest.fixture(scope="module")
+def resumed(on_ranks: dict[int, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """The outcome of every case on rank 0."""
+    return {**on_ranks[2][0], **on_ranks[1][0]}
+
+
+@pytest.mark.parametrize("case", [*ONE_RANK, *TWO_RANKS])
+def test_a_resumed_run_is_the_undisturbed_one_to_the_last_bit(resumed: dict[str, Any], case: str) -> None:
+    outcome = resumed[case]
+    assert outcome["same_layout"]
+    assert outcome["num_tensors"] > 20
+    assert outcome["saving_disturbs"] == []
+    assert outcome["differences"] == []
+    assert outcome["metrics_equal"]
+    assert outcome["state"]["step"] == SAVED_STEP
+    assert outcome["state"]["trainer"] == {"position": 7}
+
+
+def test_the_warm_up_crosses_the_checkpoint(resumed: dict[str, Any]) -> None:
+    lrs = resumed["one rank fp32"]["lrs"]
+    assert len(lrs) == NUM_STEPS * NUM_UPDATES
+    assert lrs[SAVED_STEP * NUM_UPDATES] < lrs[WARMUP_UPDATES] == lrs[-1]
+
+
+def test_a_checkpoint_is_loaded_in_other_layouts(on_ranks: dict[int, list[dict[str, Any]]]) -> None:
+    same, *others = on_ranks[2][0]["resharded"]
+    assert same["same_layout"]
+    for other in (*others, *on_ranks[1][0]["resharded"]):
+        assert not other["same_layout"]
+        assert other["parameters"].keys() == same["parameters"].keys()
+        for name, value in same["parameters"].items():
+            assert (other["parameters"][name] - value).abs().max() <= 1e-6, name
+
+
+def test_every_rank_learns_why_a_checkpoint_is_refused(on_ranks: dict[int, list[dict[str, Any]]]) -> None:
+    for found in on_ranks[2]:
+        errors = found["refusals"]
+        assert "is of another model: its family is 'qwen2', but this run's" in errors["model"]
+        assert "was trained with lr_warmup_steps 4, but this run's flags say 0" in errors["schedule"]
+        assert "not a directory" in errors["write"]
+        assert ".distcp was changed: its SHA-256" in errors["damage"]
