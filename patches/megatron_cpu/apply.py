@@ -10,6 +10,7 @@ from megatron.core import jit
 
 from megatron_fipo.patches.megatron_cpu import (
     embedding_stays_on_cpu,
+    group_of_one,
     optimizer_resume,
     rng_on_cpu,
     tensor_type_names,
@@ -24,6 +25,7 @@ PATCHES: dict[str, Callable[[], None]] = {
     "tensor_type_names": tensor_type_names.apply,
     "embedding_stays_on_cpu": embedding_stays_on_cpu.apply,
     "optimizer_resume": optimizer_resume.apply,
+    "group_of_one": group_of_one.apply,
 }
 
 _applied: list[str] = []

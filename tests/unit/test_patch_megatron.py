@@ -38,6 +38,10 @@ TARGETS: dict[str, tuple[tuple[str, str], ...]] = {
         ("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer._set_main_param_and_optimizer_states"),
         ("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer.load_state_dict"),
     ),
+    "group_of_one": (
+        ("megatron.core.distributed.param_and_grad_buffer", "dist_reduce_scatter_func"),
+        ("megatron.core.distributed.param_and_grad_buffer", "dist_all_gather_func"),
+    ),
 }
 
 
@@ -88,6 +92,13 @@ def test_optimizer_resume_is_needed(findings: dict[str, Any]) -> None:
     assert found["with"] == ""
     assert found["shared_with"] == found["num_parameters"]
     assert found["steps_with"] == [3.0]
+
+
+def test_group_of_one_is_needed(findings: dict[str, Any]) -> None:
+    found = findings["group_of_one"]
+    assert min(found["copies_without"]) >= 1
+    assert found["copies_with"] == [0, 0]
+    assert found["elsewhere"] == [0.0, 1.0, 2.0, 3.0]  # into a tensor of its own it still copies
 
 
 def test_applying_the_patches_twice_changes_nothing(findings: dict[str, Any]) -> None:
@@ -187,6 +198,7 @@ def try_every_patch(model_dir: str, checkpoint_dir: str) -> dict[str, Any]:
     findings["tensor_type_names"] = try_type_names(originals["tensor_type_names"], build)
     findings["embedding_stays_on_cpu"] = try_embedding(originals["embedding_stays_on_cpu"], build())
     findings["optimizer_resume"] = try_resume(originals["optimizer_resume"], build, checkpoint_dir)
+    findings["group_of_one"] = try_group_of_one(originals["group_of_one"])
 
     first = apply_patches()
     before = {name: current(targets) for name, targets in TARGETS.items()}
@@ -326,4 +338,29 @@ def try_resume(originals: list[Any], build: Callable[..., Any], checkpoint_dir: 
     resumed = load()
     found["shared_with"] = num_tensors(resumed)
     found["steps_with"] = steps_after_update(resumed)
+    return found
+
+
+def try_group_of_one(originals: list[Any]) -> dict[str, Any]:
+    """Both collectives over this one rank, on a buffer that is its own shard, as the distributed optimizer has it."""
+    from megatron.core.distributed import param_and_grad_buffer
+
+    group = torch.distributed.group.WORLD
+
+    def copies() -> list[int]:
+        counts = []
+        for name in ("dist_reduce_scatter_func", "dist_all_gather_func"):
+            buffer = torch.arange(4.0)
+            with torch.profiler.profile() as profile:
+                getattr(param_and_grad_buffer, name)(buffer.view(-1), buffer, group=group)
+            assert buffer.tolist() == [0.0, 1.0, 2.0, 3.0]
+            counts.append(sum(event.count for event in profile.key_averages() if event.key == "aten::copy_"))
+        return counts
+
+    found: dict[str, Any] = {"copies_with": copies()}
+    with put_back(TARGETS["group_of_one"], originals):
+        found["copies_without"] = copies()
+    elsewhere = torch.zeros(4)
+    param_and_grad_buffer.dist_all_gather_func(elsewhere, torch.arange(4.0), group=group)
+    found["elsewhere"] = elsewhere.tolist()
     return found
