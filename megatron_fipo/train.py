@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 USER_ERROR = 2
 RUN_FAILED = 1
+RAISED_AGAIN_AFTER_S = 1.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,6 +58,7 @@ def _checked_run(settings: Settings, ending: Callable[[], None], is_rank_zero: b
         problems = None
         if checked.layout.rank == 0 and settings.rollout.replay_rollouts is None:
             problems = stack.enter_context(open_problems(settings))
+        stack.callback(ending)  # comes first on the way out
         from megatron_fipo.actor.pipeline import NonFiniteUpdate
         from megatron_fipo.rollout.engine import EngineError
         from megatron_fipo.run import run
@@ -73,34 +75,46 @@ def _checked_run(settings: Settings, ending: Callable[[], None], is_rank_zero: b
 
 
 class _Signals:
-    """Inside, the first SIGINT, SIGTERM or SIGHUP raises KeyboardInterrupt, so that engines and graders are ended on
-    the way out. Later ones do nothing (a terminal and torchrun may both send one), nor does any once the run is
-    `ending`: torchrun sends one to the ranks that are not as quick to end as the first."""
+    """Inside, SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt, so that engines and graders are ended on the way out.
+
+    Python drops what is raised inside a destructor: it is raised again until the run is `ending`. From then on signals
+    do nothing: torchrun sends one to the ranks that are not as quick to end as the first.
+    """
 
     def __init__(self) -> None:
         self.received: list[int] = []
         self._is_ending = False
         self._before: dict[int, Any] = {}
+        self._hook = sys.unraisablehook
 
     def __enter__(self) -> _Signals:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
             self._before[number] = signal.signal(number, self._handle)
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._show_unraisable
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.ending()
+        sys.unraisablehook = self._hook
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def ending(self) -> None:
         """From now on the clean-up is not to be interrupted."""
         self._is_ending = True
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._is_ending:
             return
-        self._is_ending = True
-        self.received.append(number)
+        if number != signal.SIGALRM:
+            self.received.append(number)
+        signal.setitimer(signal.ITIMER_REAL, RAISED_AGAIN_AFTER_S)
         raise KeyboardInterrupt
+
+    def _show_unraisable(self, unraisable: Any) -> None:
+        if unraisable.exc_type is not KeyboardInterrupt:
+            self._hook(unraisable)
 
 
 def _interrupted(received: Sequence[int], is_rank_zero: bool) -> int:
