@@ -75,7 +75,7 @@ def _run(settings: Settings, checked: Checked, problems: Problems | None, stack:
         )
         actor = build_trainer_side(settings, checked.arch, checked.weights, layout, groups, device)
         if resume_from is not None and not load_checkpoint(actor, resume_from):
-            log.say(f"{resume_from} was saved in another layout: the run goes on, but not bit for bit")
+            log.say(f"{resume_from} was saved in another layout or precision: the run goes on, but not bit for bit")
     stages = _Stages(settings, actor, problems, pool, log)
     if resume_from is not None:
         stages.restore(saved["trainer"])
