@@ -1,6 +1,9 @@
-"""The CPU platform: plain PyTorch operators, gloo, no graph capture (see plugin.py for why it exists).
+"""The CPU platform: plain PyTorch operators, gloo, no graph capture. SGLang imports it when plugin.activate() names it.
 
-Why, Upstream, Drop-when, Test: as in plugin.py. Imported by SGLang only, when plugin.activate() has named it.
+Why: SGLang's own CPU platform calls AMX kernels that no package carries.
+Upstream: sglang.srt.platforms.cpu.CpuSRTPlatform, chosen in sglang.srt.platforms.
+Drop-when: as in plugin.py.
+Test: tests/e2e/test_engine.py
 """
 
 from __future__ import annotations
