@@ -138,6 +138,12 @@ def check_checkpoint(settings: Settings, layout: ParallelLayout) -> tuple[Archit
         f"at least the number of data-parallel ranks ({layout.dp})",
     )
     weights = HFWeights(directory)
+    require(
+        arch.num_layers <= len(weights.names),
+        f"{directory}/config.json: num_hidden_layers",
+        arch.num_layers,
+        f"at most the number of tensors in {directory} ({len(weights.names)})",
+    )
     check_hf_shapes(arch, weights)
     return arch, weights
 
@@ -159,6 +165,7 @@ def _check_directories(settings: Settings) -> None:
         ("--tensorboard-dir", run.tensorboard_dir),
     ):
         if directory is not None:
+            require(directory != "", flag, directory, "a directory")
             _check_writable(flag, Path(directory))
     if run.export_hf is not None:
         check_replaceable(Path(run.export_hf).absolute(), Path(run.hf_checkpoint).absolute())

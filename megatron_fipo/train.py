@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 USER_ERROR = 2
 RUN_FAILED = 1
 RAISED_AGAIN_AFTER_S = 1.0
+LOST_CONNECTION = ("closed by peer", "reset by peer")  # what gloo and NCCL say when a rank is gone
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,17 +36,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _fail(error, USER_ERROR, is_rank_zero)
         try:
             return _checked_run(settings, signals.ending, is_rank_zero)
-        except ValueError as error:
-            if signals.received:
-                return _interrupted(signals.received, is_rank_zero)
-            return _fail(error, USER_ERROR, _is_zero("LOCAL_RANK", "SLURM_LOCALID"))  # a file may be amiss on one node
-        except Exception:
-            # other ranks end at the same signal, and this one may notice that first
-            if signals.received:
-                return _interrupted(signals.received, is_rank_zero)
-            raise
         except KeyboardInterrupt:
+            signals.ending()
             return _interrupted(signals.received, is_rank_zero)
+        except Exception as error:
+            signals.ending()
+            if signals.received:  # other ranks end at the same signal, and this one noticed that first
+                return _interrupted(signals.received, is_rank_zero)
+            if isinstance(error, ValueError):
+                return _fail(
+                    error, USER_ERROR, _is_zero("LOCAL_RANK", "SLURM_LOCALID")
+                )  # a file may be amiss on a node
+            if isinstance(error, OSError) and error.filename is not None:
+                return _fail(error, RUN_FAILED, True)  # a full disk, a directory that cannot be written
+            if any(text in str(error) for text in LOST_CONNECTION):
+                return _fail(RuntimeError("another rank ended, or cannot be reached any more"), RUN_FAILED, True)
+            raise
 
 
 def _checked_run(settings: Settings, ending: Callable[[], None], is_rank_zero: bool) -> int:

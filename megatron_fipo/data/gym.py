@@ -117,7 +117,12 @@ def _held_out(task: str, task_args: Mapping[str, Any], num_problems: int) -> lis
 
 
 def _problem(task: str, task_args: Mapping[str, Any], dataset_seed: int, dataset: Any, index: int) -> Problem:
-    entry = dataset[index]
+    try:
+        entry = dataset[index]
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"--task-args is {dict(task_args)!r}, with which {task} makes no problem: {error or type(error).__name__}"
+        ) from error
     return Problem(
         uid=f"{task}:{dataset_seed}:{index}",
         prompt=entry["question"],

@@ -89,6 +89,9 @@ CASES: dict[str, Case] = {
     "a truncated checkpoint": Case(r"truncated/model\.safetensors", {"hf-checkpoint": "truncated"}),
     "a cut header": Case(r"cut_header/model\.safetensors", {"hf-checkpoint": "cut_header"}),
     "a config for other weights": Case(r"contradicts its config\.json.*mlp", {"hf-checkpoint": "other_config"}),
+    "a config of more layers than tensors": Case(
+        r"too_deep/config\.json: num_hidden_layers is 1000000000", {"hf-checkpoint": "too_deep"}
+    ),
     "a checkpoint without tokenizer": Case(r"no_tokenizer.*tokenizer\.json", {"hf-checkpoint": "no_tokenizer"}),
     "a damaged tokenizer": Case(r"tokenizer.*bad_tokenizer", {"hf-checkpoint": "bad_tokenizer"}),
     "a flag that contradicts the checkpoint": Case(r"--num-layers.* 5.* 3", {"num-layers": 5}),
@@ -104,6 +107,9 @@ CASES: dict[str, Case] = {
     "task parameters that are no json": Case(r"--task-args.*JSON", {"task": "chain_sum", "task-args": "max_terms=3"}),
     "a parameter that the task refuses": Case(
         r"--task-args.*chain_sum refuses", {"task": "chain_sum", "task-args": '{"min_terms": 9, "max_terms": 3}'}
+    ),
+    "a parameter that the task stumbles over": Case(
+        r"--task-args is \{'max_terms': 3\.5\}.*chain_sum", {"task": "chain_sum", "task-args": '{"max_terms": 3.5}'}
     ),
     "a prompt longer than allowed": Case(
         r"problem .*: the prompt has \d+ tokens, but --rollout-max-prompt-len allows 9", {"rollout-max-prompt-len": 9}
@@ -130,6 +136,7 @@ CASES: dict[str, Case] = {
     "a reward whose module raises": Case(r"raising_module:f.*on purpose", {"custom-rm-path": "raising_module:f"}),
     # the directories
     "a directory that holds a run": Case(r"--output-dir is 'old_run'.*metrics\.jsonl", {"output-dir": "old_run"}),
+    "no directory": Case(r"--output-dir is ''", {"output-dir": ""}),
     "a directory that is a file": Case(r"--output-dir is 'good\.jsonl'", {"output-dir": "good.jsonl"}),
     "an export over the model": Case(r"export directory.*started from", {"export-hf": "model"}),
     "an export over something else": Case(r"export directory.*old_run", {"export-hf": "old_run"}),
@@ -163,6 +170,7 @@ def make_inputs(directory: Path, model: Path) -> None:
     (copy("cut_header") / "model.safetensors").write_bytes(weights[:100])
     config = json.loads((model / "config.json").read_text())
     (copy("other_config") / "config.json").write_text(json.dumps({**config, "intermediate_size": 52}))
+    (copy("too_deep") / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**9}))
     for path in copy("no_tokenizer").glob("token*"):
         path.unlink()
     (copy("bad_tokenizer") / "tokenizer.json").write_text("{}")
