@@ -17,6 +17,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_SAMPLES_SHOWN = 3
+ENVIRONMENT = {
+    "TORCHDYNAMO_DISABLE": "1",  # nothing here is compiled
+    # glibc hands freed memory back to the kernel, and every tensor would fault its pages in anew (docs/performance.md)
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    "MALLOC_TOP_PAD_": "67108864",
+}
 
 
 def main() -> int:
@@ -60,7 +67,7 @@ def training_flags(options: argparse.Namespace, run_dir: Path, export_dir: Path)
         *("--rollout-max-response-len", "8"),
         *("--max-tokens-per-micro-batch", "200"),
     ]
-    optimizer = ["--lr", "5e-6", "--lr-warmup-iters", "0", "--weight-decay", "0.0"]
+    optimizer = ["--lr", "1e-5", "--lr-warmup-iters", "0", "--weight-decay", "0.0"]
     algorithm = ["--algorithm", options.algorithm]
     if options.algorithm != "grpo":
         algorithm += ["--no-overlong-penalty"]
@@ -97,7 +104,7 @@ def _torchrun() -> list[str]:
 
 def _run(command: list[str]) -> int:
     """Run to the end; a signal to this process reaches the run, which ends its engines itself."""
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env={**os.environ, "TORCHDYNAMO_DISABLE": "1"})
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env={**ENVIRONMENT, **os.environ})
     for received in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(received, lambda number, frame: process.send_signal(signal.SIGTERM))
     try:
