@@ -125,7 +125,7 @@ class OursFactory:
         from megatron_fipo.config import FIPOSettings
 
         actor, settings = self.actor, FIPOSettings()
-        old_logprobs, _ = actor.old_logprobs(sequences)
+        old_logprobs, _ = actor.old_logprobs([sequences])
 
         def gradients() -> None:
             actor.model.zero_grad_buffer()
@@ -139,7 +139,7 @@ class OursFactory:
 
         return Contestant(
             "megatron_fipo",
-            lambda: actor.old_logprobs(sequences),
+            lambda: actor.old_logprobs([sequences]),
             gradients,
             lambda: actor.update(sequences, old_logprobs, algorithm="fipo", settings=settings),
         )

@@ -11,7 +11,7 @@ from megatron_fipo.actor.actor import Actor, build_actor
 from megatron_fipo.actor.megatron_flags import config_fields
 from megatron_fipo.actor.setup import Groups
 from megatron_fipo.arguments import Settings
-from megatron_fipo.checks import choose_transformer_impl
+from megatron_fipo.checks import Checked
 from megatron_fipo.metrics.run_logger import RunLogger
 from megatron_fipo.parallel import ParallelLayout
 from megatron_fipo.problems import Problems
@@ -28,30 +28,22 @@ from megatron_fipo.trainer.sampling import (
     rollout_metrics,
 )
 from megatron_fipo.types import Group, SamplingSettings
-from megatron_fipo.weights.architecture import Architecture
-from megatron_fipo.weights.hf_files import HFWeights
 
 NUM_LOGGED_TEXTS = 4
+ENGINE_SPARE_TOKENS = 8  # SGLang keeps 6 of its context to itself
 
 
-def build_trainer_side(
-    settings: Settings,
-    arch: Architecture,
-    weights: HFWeights,
-    layout: ParallelLayout,
-    groups: Groups,
-    device: torch.device,
-) -> Actor:
+def build_trainer_side(settings: Settings, checked: Checked, groups: Groups) -> Actor:
     """The actor of this rank, with the checkpoint's weights."""
     megatron = settings.megatron
     return build_actor(
-        arch,
-        weights,
-        layout,
+        checked.arch,
+        checked.weights,
+        checked.layout,
         groups,
         params_dtype=torch.bfloat16 if megatron.bf16 else torch.float32,
-        device=device,
-        transformer_impl=choose_transformer_impl(settings, device),
+        device=checked.device,
+        transformer_impl=checked.transformer_impl,
         transformer=config_fields(megatron.transformer),
         ddp=config_fields(megatron.ddp),
         optimizer=config_fields(megatron.optimizer_fields),
@@ -75,7 +67,7 @@ def start_engines(settings: Settings, layout: ParallelLayout, device: torch.devi
                 name=f"engine-{index}",
                 dtype="bfloat16" if settings.megatron.bf16 else "float32",
                 tp_size=engine.tp_size,
-                context_length=rollout.rollout_max_prompt_len + rollout.rollout_max_response_len + 1,
+                context_length=rollout.rollout_max_prompt_len + rollout.rollout_max_response_len + ENGINE_SPARE_TOKENS,
                 random_seed=settings.run.seed,
                 log_path=str(Path(settings.run.output_dir) / f"engine-{index}.log"),
                 start_timeout_s=engine.start_timeout_s,

@@ -30,6 +30,7 @@ class Checked:
 
     layout: ParallelLayout
     device: torch.device
+    transformer_impl: str
     arch: Architecture
     weights: HFWeights
 
@@ -52,7 +53,7 @@ def check_run(settings: Settings, environment: Mapping[str, str]) -> Checked:
     device = choose_device(settings)
     arch, weights = check_checkpoint(settings, layout)
     _check_directories(settings)
-    return Checked(layout, device, arch, weights)
+    return Checked(layout, device, choose_transformer_impl(settings, device), arch, weights)
 
 
 def ranks_from_environment(environment: Mapping[str, str]) -> tuple[int, int]:

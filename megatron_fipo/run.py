@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,14 +49,14 @@ def run(settings: Settings, checked: Checked, problems: Problems | None, ending:
 def _run(settings: Settings, checked: Checked, problems: Problems | None, stack: contextlib.ExitStack) -> None:
     layout, device = checked.layout, checked.device
     resume_from = None if settings.run.load is None else find_checkpoint(settings.run.load)
-    initialize_distributed(device, timeout_minutes=settings.run.distributed_timeout_minutes)
+    initialize_distributed(layout, device, timeout_minutes=settings.run.distributed_timeout_minutes)
     stack.callback(shut_down)
     saved: dict[str, Any] = {"step": 0}
     if resume_from is not None:
         verify_checkpoint_together(resume_from)  # before the log drops what came after it
         saved = read_run_state(resume_from)
     first_step = saved["step"]
-    if first_step >= settings.run.train_iters:
+    if first_step > settings.run.train_iters:
         raise ValueError(
             f"--train-iters is {settings.run.train_iters}, but {resume_from} (--load) already has {first_step} steps"
         )
@@ -73,7 +74,7 @@ def _run(settings: Settings, checked: Checked, problems: Problems | None, stack:
         groups = initialize_model_parallel(
             layout, seed=settings.run.seed, timeout_minutes=settings.run.distributed_timeout_minutes
         )
-        actor = build_trainer_side(settings, checked.arch, checked.weights, layout, groups, device)
+        actor = build_trainer_side(settings, checked, groups)
         if resume_from is not None and not load_checkpoint(actor, resume_from):
             log.say(f"{resume_from} was saved in another layout or precision: the run goes on, but not bit for bit")
     stages = _Stages(settings, actor, problems, pool, log)
@@ -94,6 +95,7 @@ class _Stages:
         self.replays = settings.rollout.replay_rollouts is not None
         self.hybrid: HybridEngine | None = None
         self.rollout_side: RolloutSide | None = None
+        self._restored: dict[str, Any] | None = None
         if self.replays:
             return
         with log.stage("start engines", part_of_step=False):
@@ -107,6 +109,7 @@ class _Stages:
 
         def restore() -> None:
             if self.rollout_side is None:
+                self._restored = state  # a replay moves no data position, and must not lose one
                 return
             if state is None:
                 raise ValueError("the checkpoint was saved while replaying rollouts: it has no data position to resume")
@@ -145,7 +148,8 @@ class _Stages:
             save=self._save,
             eval_interval=settings.run.eval_interval,
             save_interval=settings.run.save_interval,
-            engine_mismatch_limit=settings.rollout.engine_mismatch_limit,
+            # a recorded batch may rightly be far from this run's policy
+            engine_mismatch_limit=math.inf if self.replays else settings.rollout.engine_mismatch_limit,
             log=self.log,
         )
 
@@ -184,8 +188,9 @@ class _Stages:
         if directory is None:
             return
         side = self.rollout_side
+        state = side.collector.state_dict() if side is not None else self._restored
         with self.log.stage("save", part_of_step=False):
-            save_checkpoint(self.actor, directory, step, side.collector.state_dict() if side is not None else None)
+            save_checkpoint(self.actor, directory, step, state)
 
     def _export(self, directory: str) -> None:
         """Write the final model as a Hugging Face directory. All ranks take part in the stream."""

@@ -45,8 +45,8 @@ run() {
 }
 
 stop() {
-    trap '' INT TERM
-    printf 'tests: interrupted\n' >&2
+    trap '' INT TERM HUP PIPE
+    printf 'tests: interrupted\n' >&2 || true # whoever read this may have been interrupted too
     if [[ -n $CHILD ]]; then
         kill -INT -- "-$CHILD" 2>/dev/null || true
         local tick left
@@ -64,7 +64,7 @@ stop() {
     fi
     exit 130
 }
-trap stop INT TERM
+trap stop INT TERM HUP
 
 part() {
     local name=$1

@@ -42,20 +42,27 @@ class Actor:
     max_tokens_per_micro_batch: int
     max_response_len: int
 
-    def old_logprobs(self, sequences: Sequence[TrainSequence]) -> tuple[list[Tensor], list[Tensor]]:
+    def old_logprobs(self, mini_batches: Sequence[Sequence[TrainSequence]]) -> tuple[list[Tensor], list[Tensor]]:
         """Log-probs and entropies of this rank's sequences under the current weights, forward only.
 
-        The kernels, precision and code path are those of the update. On the last pipeline stage: per sequence [L] fp32,
-        0 where the loss mask is False; on the other stages two empty lists.
+        Kernels, precision, code path and packing are those of the update: no micro-batch crosses a mini-batch. On the
+        last pipeline stage: per sequence, in order, [L] fp32, 0 where the loss mask is False; else two empty lists.
         """
-        batches = self._packed(sequences, None)
+        batches: list[PackedBatch] = []
+        first_of: list[int] = []  # per micro-batch: how many sequences the mini-batches before its own hold
+        num_before = 0
+        for mini_batch in mini_batches:
+            packed = self._packed(mini_batch, None)
+            batches += packed
+            first_of += [num_before] * len(packed)
+            num_before += len(mini_batch)
         outputs = pipeline.forward_logprobs(self.model, batches)
         logprobs: dict[int, Tensor] = {}
         entropies: dict[int, Tensor] = {}
-        for batch, output in zip(batches, outputs):
+        for batch, first, output in zip(batches, first_of, outputs):
             bounds = batch.cu_seqlens.tolist()
             for member, start, end in zip(batch.members, bounds, bounds[1:]):
-                logprobs[member], entropies[member] = output[:, start:end].clone()
+                logprobs[first + member], entropies[first + member] = output[:, start:end].clone()
         order = sorted(logprobs)
         return [logprobs[i] for i in order], [entropies[i] for i in order]
 

@@ -36,7 +36,8 @@ def build_optimizer(
 
 
 def build_scheduler(optimizer: MegatronOptimizer, *, lr_warmup_iters: int) -> OptimizerParamScheduler:
-    """Linear warm-up over `lr_warmup_iters` updates, then constant: the paper's schedule."""
+    """Linear warm-up over `lr_warmup_iters` updates, then constant: the paper's schedule. As in Megatron-LM the warm-up
+    starts at 0, so the first update of a run with warm-up changes nothing."""
     config = optimizer.config
     return OptimizerParamScheduler(
         optimizer,

@@ -65,9 +65,9 @@ def update(
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
     _refuse_non_finite(grad_norm < float("inf"), "gradient", control)
-    succeeded, grad_norm, _ = optimizer.step()
+    succeeded, *_ = optimizer.step()
     assert succeeded, "an fp32 or bf16 step is never skipped"
-    return UpdateOutcome(tuple(token_stats), float(grad_norm))
+    return UpdateOutcome(tuple(token_stats), grad_norm)
 
 
 def accumulate_gradients(
@@ -101,6 +101,7 @@ def _policy_loss(
         denominator=1.0,
         num_sequences=len(batch.members),
         max_response_len=max_response_len,
+        with_metrics=False,
     )
     return loss, info["num_kept"].to(torch.int), info["token_stats"]
 

@@ -23,10 +23,16 @@ class Groups:
     control: dist.ProcessGroup
 
 
-def initialize_distributed(device: torch.device, *, timeout_minutes: int) -> None:
-    """Join the job's ranks through torchrun's or Slurm's variables: NCCL on GPUs, gloo on the CPU."""
+# The other ranks wait on rank 0 for as long as a rollout takes; a rank that dies is noticed by its closed sockets.
+CONTROL_TIMEOUT = timedelta(days=7)
+
+
+def initialize_distributed(layout: ParallelLayout, device: torch.device, *, timeout_minutes: int) -> None:
+    """Join the job's ranks at MASTER_ADDR and MASTER_PORT: NCCL on GPUs, gloo on the CPU."""
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    dist.init_process_group(
+        backend, rank=layout.rank, world_size=layout.world_size, timeout=timedelta(minutes=timeout_minutes)
+    )
 
 
 def initialize_model_parallel(layout: ParallelLayout, *, seed: int, timeout_minutes: int) -> Groups:
@@ -43,7 +49,7 @@ def initialize_model_parallel(layout: ParallelLayout, *, seed: int, timeout_minu
         tp=parallel_state.get_tensor_model_parallel_group(),
         pp=parallel_state.get_pipeline_model_parallel_group(),
         dp=parallel_state.get_data_parallel_group(),
-        control=dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes)),
+        control=dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT),
     )
     found = (groups.tp.rank(), groups.pp.rank(), groups.dp.rank())
     assert found == (layout.tp_rank, layout.pp_rank, layout.dp_rank), (found, layout)

@@ -15,7 +15,13 @@ from megatron_fipo.actor.setup import Groups
 from megatron_fipo.parallel import ParallelLayout
 from megatron_fipo.weights.architecture import Architecture
 from megatron_fipo.weights.hf_files import HFWeights
-from megatron_fipo.weights.mapping import expected_megatron_names, hf_from_shards, partition_of, shard_from_hf
+from megatron_fipo.weights.mapping import (
+    canonical_name,
+    expected_megatron_names,
+    hf_from_shards,
+    partition_of,
+    shard_from_hf,
+)
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,9 @@ def _global_parameters(policy: nn.Module, arch: Architecture, layout: ParallelLa
     per_stage = arch.num_layers // layout.pp
     first = layout.pp_rank * per_stage
     named = {
-        re.sub(r"^decoder\.layers\.(\d+)", lambda match: f"decoder.layers.{first + int(match[1])}", name): parameter
+        canonical_name(
+            re.sub(r"^decoder\.layers\.(\d+)", lambda match: f"decoder.layers.{first + int(match[1])}", name)
+        ): parameter
         for name, parameter in policy.named_parameters()
     }
     expected = expected_megatron_names(

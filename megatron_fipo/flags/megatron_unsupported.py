@@ -18,6 +18,7 @@ _FP16 = "fp16 and its loss scaling are not supported: use --bf16"
 _WEIGHTS = "weights come from --hf-checkpoint or --load"
 _OFFLOAD = "offloading is not supported"
 _VIRTUAL = "interleaved (virtual) pipeline stages are not supported"
+_UNEVEN = "every pipeline stage has the same number of layers"
 _GRAPHS = "CUDA graphs need fixed shapes; batches are packed to varying lengths"
 _SCHEDULE = "the learning rate is constant after --lr-warmup-iters updates"
 _DATA = "problems come from --task or --prompt-data"
@@ -45,6 +46,11 @@ UNSUPPORTED_FLAGS: Mapping[str, str] = {
     "--use-mcore-models": "megatron-core's models are the only ones",
     "--local-rank": "ranks come from the launcher's environment",
     "--overlap-param-gather-with-optimizer-step": _VIRTUAL,
+    "--overlap-param-gather": "weights go to the engines right after an update, so they are gathered in it",
+    "--decoder-first-pipeline-num-layers": _UNEVEN,
+    "--decoder-last-pipeline-num-layers": _UNEVEN,
+    "--account-for-*-in-pipeline-split": _UNEVEN,
+    "--pipeline-model-parallel-layout": _UNEVEN,
     "--rl-*": _RL,
     "--no-rl-*": _RL,
     "--grpo-*": _RL,

@@ -3,7 +3,7 @@
 Every loss of `LOSSES` is called the same way and returns (loss, info):
 
     loss(logprobs, old_logprobs, advantages, loss_mask, settings, *, cu_seqlens=None, group=None, denominator=None,
-         num_sequences=None, max_response_len=None)
+         num_sequences=None, max_response_len=None, with_metrics=True)
 
 * logprobs, old_logprobs, advantages, loss_mask: [B, L], or packed [T] with cu_seqlens int32 [num_seqs + 1]. float64
   log-probs are computed in float64, all others in fp32. Only logprobs gets a gradient, through the ratio alone.
@@ -13,6 +13,7 @@ Every loss of `LOSSES` is called the same way and returns (loss, info):
   micro-batches add up, so pass 1 and divide once by the sum of all num_kept.
 * num_sequences: how many of the sequences are real, when the pack ends in a dummy one (seq-mean forms).
 * max_response_len: divisor of seq-mean-token-sum-norm; [B, L] takes L by itself, packed tensors need it.
+* with_metrics: False leaves the metrics out of info, for a caller that makes them of many micro-batches' token_stats.
 
 info holds future_kl, influence_weights [shape given] (0 and 1 where the algorithm has none), loss_mask (after the
 drop, in the dtype given), num_kept [] int64 (kept tokens, or sequences in the seq-mean forms), token_stats (for

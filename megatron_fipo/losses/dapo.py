@@ -22,6 +22,7 @@ def dapo_loss(
     denominator: float | Tensor | None = None,
     num_sequences: int | None = None,
     max_response_len: int | None = None,
+    with_metrics: bool = True,
 ) -> tuple[Tensor, dict[str, Any]]:
     """loss = sum over response tokens of L / number of response tokens (eq. 8), as `settings` say.
 
@@ -40,4 +41,5 @@ def dapo_loss(
         denominator=denominator,
         num_sequences=num_sequences,
         max_response_len=max_response_len,
+        with_metrics=with_metrics,
     )

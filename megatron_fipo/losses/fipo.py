@@ -23,6 +23,7 @@ def fipo_loss(
     denominator: float | Tensor | None = None,
     num_sequences: int | None = None,
     max_response_len: int | None = None,
+    with_metrics: bool = True,
 ) -> tuple[Tensor, dict[str, Any]]:
     """DAPO's loss on A~ = A f, where f is the influence weight, detached.
 
@@ -64,4 +65,5 @@ def fipo_loss(
         denominator=denominator,
         num_sequences=num_sequences,
         max_response_len=max_response_len,
+        with_metrics=with_metrics,
     )

@@ -115,6 +115,7 @@ def policy_result(
     denominator: float | Tensor | None = None,
     num_sequences: int | None = None,
     max_response_len: int | None = None,
+    with_metrics: bool = True,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Reduce to (loss, info), what every loss returns; info is described in the package's docstring.
 
@@ -152,6 +153,6 @@ def policy_result(
         "loss_mask": kept.view(tokens.shape).to(tokens.mask_dtype),
         "num_kept": reduction.count,
         "token_stats": token_stats,
-        **update_metrics(token_stats, settings),
+        **(update_metrics(token_stats, settings) if with_metrics else {}),
     }
     return reduction.loss, info

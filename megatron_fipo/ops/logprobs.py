@@ -33,10 +33,10 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         first = num_columns * (group.rank() if group is not None else 0)
         num_valid = max(0, min(num_columns, vocab_size - first))
         # fp32 at least: a sum of 150k exponentials in bf16 has three digits
-        x = logits[:, :num_valid].to(torch.promote_types(logits.dtype, torch.float32))
+        x = logits[:, :num_valid].to(torch.promote_types(logits.dtype, torch.float32), copy=True)
         peak = x.amax(dim=1) if num_valid else x.new_full((x.size(0),), -torch.inf)
         _all_reduce(peak, dist.ReduceOp.MAX, group)
-        x = x - peak[:, None]
+        x -= peak[:, None]
         is_local = (labels >= first) & (labels < first + num_valid)
         column = torch.where(is_local, labels - first, 0)
         target = torch.where(is_local, x.gather(1, column[:, None])[:, 0], 0) if num_valid else torch.zeros_like(peak)

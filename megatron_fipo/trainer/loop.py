@@ -21,7 +21,7 @@ from megatron_fipo.types import TrainSequence
 class Actor(Protocol):
     """What the loop asks of the model; every call is made by all ranks together."""
 
-    def old_logprobs(self, sequences: Sequence[TrainSequence]) -> tuple[list[Tensor], list[Tensor]]: ...
+    def old_logprobs(self, mini_batches: Sequence[Sequence[TrainSequence]]) -> tuple[list[Tensor], list[Tensor]]: ...
 
     def update(
         self,
@@ -75,7 +75,7 @@ def train(run: Run, *, first_step: int) -> None:
                 rollout.sequences if rollout else None, run.num_updates, run.layout, run.control
             )
             sequences = [sequence for mini_batch in mini_batches for sequence in mini_batch]
-            logprobs, entropies = run.actor.old_logprobs(sequences)
+            logprobs, entropies = run.actor.old_logprobs(mini_batches)
             agreement = agreement_metrics(
                 sequences, logprobs, entropies, weight_version=step - 1, layout=run.layout, control=run.control
             )
@@ -109,23 +109,30 @@ def _update(
 def _step_metrics(
     rollout: Rollout | None, agreement: Mapping[str, float] | None, updates: Sequence[dict[str, float] | None]
 ) -> dict[str, Any]:
-    """The step's record on rank 0; the means over updates stand beside the updates themselves."""
+    """The step's record on rank 0; what sums up the updates stands beside the updates themselves."""
     if rollout is None:
         return {}
     assert agreement is not None
     present = [update for update in updates if update is not None]
-    means = {name: sum(update[name] for update in present) / len(present) for name in present[0]}
-    means["lr"] = present[-1]["lr"]
+    summary = {name: _over_updates(name, [update[name] for update in present]) for name in present[0]}
+    summary["lr"] = present[-1]["lr"]
     if "future_kl_std" in present[0]:
         # before the first update old and new log-probs are the same computation: any spread is noise
-        means["noise_gauge"] = present[0]["future_kl_std"]
+        summary["noise_gauge"] = present[0]["future_kl_std"]
     return {
         **rollout.metrics,
         **agreement,
-        **means,
+        **summary,
         "num_tokens": sum(len(sequence.token_ids) for sequence in rollout.sequences),
         "updates": present,
     }
+
+
+def _over_updates(name: str, values: Sequence[float]) -> float:
+    """A step's value of an update metric: the extreme of extremes, the mean of everything else."""
+    if name.endswith("_max"):
+        return max(values)
+    return min(values) if name.endswith("_min") else sum(values) / len(values)
 
 
 def _is_due(step: int, interval: int | None) -> bool:

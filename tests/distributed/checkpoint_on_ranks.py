@@ -136,7 +136,7 @@ def train_steps(actor: Actor, steps: range) -> list[dict[str, float] | None]:
     for step in steps:
         sequences = make_sequences(8, seed=step) if actor.layout.rank == 0 else None
         mini_batches = scatter_shares(sequences, NUM_UPDATES, actor.layout, actor.groups.control)
-        logprobs, _ = actor.old_logprobs([sequence for batch in mini_batches for sequence in batch])
+        logprobs, _ = actor.old_logprobs(mini_batches)
         start = 0
         for batch in mini_batches:
             old = logprobs[start : start + len(batch)]

@@ -240,7 +240,7 @@ def on_one_rank(directories: dict[str, str]) -> dict[str, Any]:
         actor = make_actor(directory, *made, budget=512, distributed_optimizer=False)
         sequences = sequences_for(name)
         gradients, logits = gradients_of(actor, sequences)
-        logprobs, entropies = actor.old_logprobs(sequences)
+        logprobs, entropies = actor.old_logprobs([sequences])
         results[name] = {"gradients": gradients, "logits": logits, "logprobs": logprobs, "entropies": entropies}
     directory = directories["qwen2 untied"]
     for kind, transformer in RECOMPUTE.items():
@@ -260,7 +260,7 @@ def settings() -> Any:
 
 def train_in_bf16(actor: Any) -> dict[str, Any]:
     sequences = make_sequences(NUM_SEQUENCES)
-    logprobs, _ = actor.old_logprobs(sequences)
+    logprobs, _ = actor.old_logprobs([sequences])
     metrics = actor.update(sequences, logprobs, algorithm="fipo", settings=settings())
     masters = [p.detach() for group in actor.optimizer.param_groups for p in group["params"]]
     flat = torch.cat([p.flatten() for p in masters])
@@ -276,7 +276,7 @@ def train_in_bf16(actor: Any) -> dict[str, Any]:
 def two_updates(actor: Any) -> list[dict[str, float]]:
     """A rollout batch in two mini-batches, as the loop does it. A step of 1e-3 is enough to see the second react."""
     sequences = make_sequences(2 * NUM_SEQUENCES)
-    logprobs, _ = actor.old_logprobs(sequences)
+    logprobs, _ = actor.old_logprobs([sequences])
     halves = (slice(0, NUM_SEQUENCES), slice(NUM_SEQUENCES, None))
     return [actor.update(sequences[half], logprobs[half], algorithm="fipo", settings=settings()) for half in halves]
 
@@ -287,7 +287,7 @@ def poisoned_updates(actor: Any, control: Any) -> dict[str, Any]:
     from megatron_fipo.actor.pipeline import NonFiniteUpdate
 
     sequences = make_sequences(NUM_SEQUENCES)
-    logprobs, _ = actor.old_logprobs(sequences)
+    logprobs, _ = actor.old_logprobs([sequences])
     before = exported_weights(actor)
 
     def attempt(sequences: list[TrainSequence], logprobs: list[torch.Tensor]) -> dict[str, Any]:

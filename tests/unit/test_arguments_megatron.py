@@ -43,16 +43,26 @@ def test_mappings_hold_only_what_was_given():
 
 
 def test_one_flag_fills_every_dataclass_that_has_the_field():
-    settings = megatron("--overlap-param-gather", "--use-distributed-optimizer", "--fp8-recipe", "delayed")
-    assert settings.optimizer == {
-        "overlap_param_gather": True,
-        "use_distributed_optimizer": True,
-        "fp8_recipe": "delayed",
-    }
-    assert settings.ddp == {"overlap_param_gather": True, "use_distributed_optimizer": True}
+    settings = megatron("--use-distributed-optimizer", "--fp8-recipe", "delayed")
+    assert settings.optimizer == {"use_distributed_optimizer": True, "fp8_recipe": "delayed"}
+    assert settings.ddp == {"use_distributed_optimizer": True}
     assert settings.transformer == {"fp8_recipe": "delayed"}
     settings = megatron("--fp8-param-gather")
     assert (settings.transformer, settings.ddp) == ({"fp8_param": True}, {"fp8_param_gather": True})
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--overlap-param-gather"],
+        ["--decoder-first-pipeline-num-layers", "3"],
+        ["--account-for-loss-in-pipeline-split"],
+        ["--pipeline-model-parallel-layout", "Et*3|L"],
+    ],
+)
+def test_what_would_leave_engines_or_stages_wrong_is_refused(flags):
+    with pytest.raises(ValueError, match="not supported here"):
+        megatron(*flags)
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,10 @@ class World:
     def start_training(self) -> None:
         self.diary.append("start training")
 
-    def old_logprobs(self, sequences: Sequence[TrainSequence]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def old_logprobs(
+        self, mini_batches: Sequence[Sequence[TrainSequence]]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        sequences = [sequence for mini_batch in mini_batches for sequence in mini_batch]
         self.diary.append(("old log-probs", [sequence.uid for sequence in sequences]))
         logprobs = [torch.from_numpy(sequence.rollout_logprobs) - self.mismatch for sequence in sequences]
         return logprobs, [torch.full(row.shape, 1.5) for row in logprobs]

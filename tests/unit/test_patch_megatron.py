@@ -297,7 +297,7 @@ def try_resume(originals: list[Any], build: Callable[..., Any], checkpoint_dir: 
         return {"model": model, "optimizer": optimizer}
 
     def update(actor: Any) -> None:
-        old, _ = actor.old_logprobs(sequences)
+        old, _ = actor.old_logprobs([sequences])
         actor.update(sequences, old, algorithm="dapo", settings=settings_for("dapo", "paper"))
 
     def load() -> Any:
