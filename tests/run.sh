@@ -95,6 +95,7 @@ esac
 
 cd "$ROOT"
 export OMP_NUM_THREADS=1
+export SPT_NOENV=1 # SGLang's setproctitle keeps the environment, and with it the mark, readable in /proc
 run bash examples/setup_env.sh
 for name in "${PARTS[@]}"; do
     part "$name" "$@" || {

@@ -70,7 +70,12 @@ class Launched:
                 stdout=stdout,
                 stderr=stderr,
                 cwd=directory,
-                env={**os.environ, "TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": python_path(directory)}
+                env={
+                    **os.environ,
+                    "TORCHDYNAMO_DISABLE": "1",
+                    "PYTHONPATH": python_path(directory),
+                    "SPT_NOENV": "1",  # SGLang's setproctitle keeps the environment readable: pids() looks there
+                }
                 | dict([self.mark.split("=")]),
                 process_group=0,
             )
