@@ -17,6 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_SAMPLES_SHOWN = 3
+INTERRUPT_GRACE_S = 2.0  # Ctrl-C in a terminal reaches the run as well: it is told again only after this long
 ENVIRONMENT = {
     "TORCHDYNAMO_DISABLE": "1",  # nothing here is compiled
     # glibc hands freed memory back to the kernel, and every tensor would fault its pages in anew (docs/performance.md)
@@ -90,7 +91,11 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--steps", type=int, default=12, help="rollout batches to train on")
     parser.add_argument("--num-eval-problems", type=int, default=96)
     parser.add_argument("--run-dir", type=Path, help="default: runs/quickstart-ALGORITHM-SEED")
-    return parser.parse_known_args()
+    options, extra = parser.parse_known_args()
+    for flag in extra:
+        if flag.partition("=")[0] in ("--output-dir", "--export-hf"):
+            parser.error(f"{flag}: the quickstart reads its own output; say where with --run-dir")
+    return options, extra
 
 
 def _torchrun() -> list[str]:
@@ -103,15 +108,27 @@ def _torchrun() -> list[str]:
 
 
 def _run(command: list[str]) -> int:
-    """Run to the end; a signal to this process reaches the run, which ends its engines itself."""
+    """Run to the end and return the status. A signal to this process ends the run, which ends its engines itself."""
+    received: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: received.append(number))
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env={**ENVIRONMENT, **os.environ})
-    for received in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(received, lambda number, frame: process.send_signal(signal.SIGTERM))
+    status = None
+    while status is None and not received:
+        status = _status_within(process, 0.2)
+    if status is None and signal.SIGINT in received:
+        status = _status_within(process, INTERRUPT_GRACE_S)
+    if status is None:
+        process.send_signal(signal.SIGTERM)
+        status = process.wait()
+    return 130 if signal.SIGINT in received else status
+
+
+def _status_within(process: subprocess.Popen[bytes], timeout_s: float) -> int | None:
     try:
-        return process.wait()
-    except KeyboardInterrupt:  # the terminal sent it to torchrun as well
-        process.wait()
-        return 130
+        return process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def _make_way(run_dir: Path) -> None:
