@@ -17,6 +17,7 @@ OWN_FIELDS: Mapping[str, str] = {
     "dtype": "use --bf16: engine and trainer compute in the same precision",
     "device": "use --device",
     "random_seed": "use --seed",
+    "context_length": "it follows from --rollout-max-prompt-len and --rollout-max-response-len",
     "tp_size": "use --rollout-num-gpus-per-engine",
     "pp_size": "an engine has one pipeline stage",
     "dp_size": "use --rollout-num-engines",

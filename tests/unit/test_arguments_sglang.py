@@ -9,6 +9,7 @@ import pytest
 from megatron_fipo.arguments import parse_arguments
 from megatron_fipo.flags.sglang_names import CHOICES, FIELDS_BY_KIND, OTHER_NAMES
 from megatron_fipo.flags.sglang_table import OWN_FIELDS, refused_sglang_flags, sglang_options
+from megatron_fipo.rollout.server_process import _OWN_ARGUMENTS
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ["--hf-checkpoint", "model", "--task", "chain_sum"]
@@ -29,7 +30,7 @@ def server_args(*flags):
         (["--sglang-attention-backend", "torch_native"], {"attention_backend": "torch_native"}),
         (["--sglang-cuda-graph-bs-decode", "1", "2", "4"], {"cuda_graph_bs_decode": [1, 2, 4]}),
         (["--sglang-mm-process-config", '{"a": 1}'], {"mm_process_config": {"a": 1}}),
-        (["--sglang-context-length", "32k"], {"context_length": 32000}),
+        (["--sglang-max-prefill-tokens", "32k"], {"max_prefill_tokens": 32000}),
         (["--sglang-max-total-tokens", "16Ki"], {"max_total_tokens": 16384}),
         (["--sglang-expert-parallel-size", "2"], {"ep_size": 2}),
         (["--sglang-ep", "2"], {"ep_size": 2}),
@@ -57,7 +58,8 @@ def test_options_reach_the_server_as_they_are(flags, expected):
         (["--mem-fraction-static", "0.3"], ["unknown flag --mem-fraction-static"]),
         (["--sglang-page-size", "big"], ["--sglang-page-size is 'big'", "an integer"]),
         (["--sglang-schedule-policy", "fastest"], ["--sglang-schedule-policy is 'fastest'", "lpm, random, fcfs"]),
-        (["--sglang-context-length", "1.5Q"], ["--sglang-context-length is '1.5Q'", "an integer"]),
+        (["--sglang-context-length", "4096"], ["--sglang-context-length", "--rollout-max-response-len"]),
+        (["--sglang-max-total-tokens", "1.5Q"], ["--sglang-max-total-tokens is '1.5Q'", "an integer"]),
     ],
 )
 def test_wrong_options_are_refused(flags, fragments):
@@ -79,4 +81,5 @@ def test_what_the_run_sets_itself_is_an_option_of_sglang_and_not_of_ours():
     offered = {option.setting.removeprefix("engine.server_args.") for option in sglang_options()}
     assert offered == fields - set(OWN_FIELDS)
     assert len(offered) > 450
+    assert set(_OWN_ARGUMENTS) <= set(OWN_FIELDS)
     assert not refused_sglang_flags().keys() & {flag for option in sglang_options() for flag in option.flags}
