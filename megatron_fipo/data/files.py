@@ -75,6 +75,8 @@ def _read_jsonl(file: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
                 raise ValueError(f"{file}, line {number}: not JSON: {error.msg} at column {error.colno}") from error
             except RecursionError as error:
                 raise ValueError(f"{file}, line {number}: nested too deeply") from error
+            except ValueError as error:  # an integer of more digits than Python converts
+                raise ValueError(f"{file}, line {number}: {error}") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{file}, line {number}: found {_shown(row)}, wanted an object {{...}}")
             yield "line", number, row

@@ -151,8 +151,10 @@ def _size(flag: str, text: str) -> int:
 def _json(flag: str, text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or an integer of more digits than Python converts
         raise ValueError(f"{flag} is {text!r}, but must be JSON: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{flag} is nested too deeply") from None
 
 
 def _object(flag: str, text: str) -> Any:

@@ -59,6 +59,8 @@ def test_options_reach_the_server_as_they_are(flags, expected):
         (["--sglang-page-size", "big"], ["--sglang-page-size is 'big'", "an integer"]),
         (["--sglang-schedule-policy", "fastest"], ["--sglang-schedule-policy is 'fastest'", "lpm, random, fcfs"]),
         (["--sglang-context-length", "4096"], ["--sglang-context-length", "--rollout-max-response-len"]),
+        (["--sglang-mm-process-config", "9" * 5000], ["--sglang-mm-process-config is '999", "Exceeds the limit"]),
+        (["--sglang-mm-process-config", "[" * 100_000], ["--sglang-mm-process-config is"]),
         (["--sglang-max-total-tokens", "1.5Q"], ["--sglang-max-total-tokens is '1.5Q'", "an integer"]),
     ],
 )

@@ -110,6 +110,10 @@ GOOD = json.dumps(ROWS[0]).encode() + b"\n"
         (GOOD + b'{"prompt": [{"role": "user"}], "label": "1"}', r"line 2: .*message \{'role': 'user'\}"),
         (GOOD + b'{"prompt": "\\ud800", "label": "1"}', r"line 2: 'prompt' holds a lone surrogate"),
         (GOOD + b"[" * 100_000, r"line 2: nested too deeply|line 2: not JSON"),
+        (
+            GOOD + b'{"prompt": "x", "label": ' + b"9" * 5000 + b"}",
+            r"train\.jsonl, line 2: Exceeds the limit .* digits",
+        ),
         (b"", r"--prompt-data is .*train\.jsonl', which holds no problem"),
         (b"\n\n", "holds no problem"),
     ],
