@@ -1,5 +1,6 @@
 """The pool of grader processes: every reward runs in one, so that an answer that hangs, crashes or fills the memory
-costs its own verdict and nothing else. Nothing but JSON text passes between the processes."""
+gets a GraderError for its verdict and the pool goes on. What that means is the caller's to say: a run stops on it.
+Nothing but JSON text passes between the processes."""
 
 from __future__ import annotations
 
@@ -176,14 +177,17 @@ class GraderPool:
         while not worker.replies and worker.failure is None:
             left = deadline - time.monotonic()
             if left <= 0:
-                raise RuntimeError(f"a grader process for {self.name!r} was not ready after {START_TIMEOUT_S:.0f} s")
+                raise self._load_error(f"its grader process was not ready after {START_TIMEOUT_S:g} s")
             _transfer([worker], left)
         if worker.failure is not None:
-            raise RuntimeError(f"a grader process for {self.name!r} did not start: {worker.failure.message}")
+            raise self._load_error(worker.failure.message)
         reply = worker.replies.popleft()
         if "load_error" in reply:
-            raise ValueError(f"the reward {self.name!r} cannot be loaded: {reply['load_error']}")
+            raise self._load_error(reply["load_error"])
         assert reply == {"ready": True}, reply
+
+    def _load_error(self, reason: str) -> ValueError:
+        return ValueError(f"the reward {self.name!r} (--custom-rm-path or --rm-type) cannot be loaded: {reason}")
 
     def _hand_out(self, worker: _Worker, jobs: deque[_Job]) -> None:
         """Fill the worker's share up when half of it is done."""

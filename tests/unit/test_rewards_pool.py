@@ -229,13 +229,19 @@ def test_wrong_arguments_are_named(pool: GraderPool) -> None:
         ("import no_such_thing", "No module named 'no_such_thing'"),
         ("raise SystemExit(2)", "SystemExit: 2"),
         ("misbehave = 3", "has no function 'misbehave'"),
+        ("import os; os._exit(3)", "the grader process ended with exit code 3"),
+        ("while True: pass", "its grader process was not ready after 2 s"),
     ],
 )
 def test_a_reward_that_cannot_be_loaded_is_a_clear_error(
-    custom: Callable[[str], str], source: str, message: str
+    custom: Callable[[str], str], monkeypatch: pytest.MonkeyPatch, source: str, message: str
 ) -> None:
+    if "while" in source:
+        monkeypatch.setattr("megatron_fipo.rewards.pool.START_TIMEOUT_S", 2.0)
     before = psutil.Process().children()
-    with pytest.raises(ValueError, match="cannot be loaded") as caught:
+    with pytest.raises(
+        ValueError, match=r"'my_reward:misbehave' \(--custom-rm-path or --rm-type\) cannot be loaded"
+    ) as caught:
         GraderPool(custom(source), timeout_s=1.0, memory_bytes=256 * MIB, num_workers=2)
     assert message in str(caught.value)
     assert psutil.Process().children() == before
