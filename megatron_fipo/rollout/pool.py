@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Coroutine, Sequence
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
@@ -112,8 +113,9 @@ class EnginePool:
             engine.check_alive()
 
     def shutdown(self) -> None:
-        for engine in self.engines:
-            engine.shutdown()
+        with contextlib.ExitStack() as shutdowns:  # calls all of them, and raises what one raised afterwards
+            for engine in self.engines:
+                shutdowns.callback(engine.shutdown)
 
     def __enter__(self) -> EnginePool:
         return self

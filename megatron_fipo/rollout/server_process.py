@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -82,10 +84,14 @@ def start_engine(
         **(_cpu_arguments(context_length) if use_cpu else {}),
         **server_args,
     }
-    scratch_dir = tempfile.mkdtemp(prefix="megatron_fipo_engine_")
-    process = _spawn(
-        arguments, use_cpu, scratch_dir, log_path, _environment(scratch_dir, use_cpu, tp_size, architecture)
-    )
+    with contextlib.ExitStack() as undo:  # what has begun, should the process not start
+        undo.enter_context(reservation)
+        scratch_dir = tempfile.mkdtemp(prefix="megatron_fipo_engine_")
+        undo.callback(shutil.rmtree, scratch_dir, ignore_errors=True)
+        process = _spawn(
+            arguments, use_cpu, scratch_dir, log_path, _environment(scratch_dir, use_cpu, tp_size, architecture)
+        )
+        undo.pop_all()
     engine = SGLangEngine(
         name,
         ServerHandle(
@@ -138,6 +144,8 @@ def _environment(scratch_dir: str, use_cpu: bool, tp_size: int, architecture: st
     environment["PYTHONUNBUFFERED"] = "1"
     environment["TOKENIZERS_PARALLELISM"] = "false"
     environment["HF_HUB_OFFLINE"] = "1"
+    # The run asks for a few tokens more than it uses, which may be more than the model's own longest context.
+    environment["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
     if not use_cpu:
         return environment
     environment.setdefault("OMP_NUM_THREADS", "1")
@@ -154,6 +162,7 @@ def _spawn(
     arguments: dict[str, Any], use_cpu: bool, scratch_dir: str, log_path: str, environment: dict[str, str]
 ) -> subprocess.Popen[bytes]:
     """The server in a session and process group of its own: Ctrl-C reaches the trainer alone, which then ends it."""
+    request = json.dumps({"server_args": arguments, "use_cpu": use_cpu, "scratch_dir": scratch_dir})
     Path(log_path).parent.mkdir(parents=True, exist_ok=True)
     log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
@@ -168,9 +177,13 @@ def _spawn(
     finally:
         os.close(log)
     assert process.stdin is not None
-    request = {"server_args": arguments, "use_cpu": use_cpu, "scratch_dir": scratch_dir}
-    process.stdin.write(json.dumps(request).encode() + b"\n")
-    process.stdin.flush()
+    try:
+        process.stdin.write(request.encode() + b"\n")
+        process.stdin.flush()
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
     return process
 
 

@@ -111,3 +111,15 @@ def test_leaving_the_pool_shuts_all_engines_down() -> None:
     with pytest.raises(RuntimeError, match="stop here"), EnginePool(engines):
         raise RuntimeError("stop here")
     assert [engine.stopped for engine in engines] == [1, 1]
+
+
+def test_an_engine_that_does_not_end_leaves_no_other_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    engines = [FakeEngine("e0"), FakeEngine("stuck"), FakeEngine("e2")]
+
+    def outlive() -> None:
+        raise TimeoutError("outlived SIGKILL")
+
+    monkeypatch.setattr(engines[1], "shutdown", outlive)
+    with pytest.raises(TimeoutError, match="outlived SIGKILL"):
+        EnginePool(engines).shutdown()
+    assert [engine.stopped for engine in engines] == [1, 0, 1]

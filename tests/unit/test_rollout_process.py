@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from megatron_fipo.rollout.log_tail import log_tail
@@ -43,6 +46,30 @@ def test_a_directory_without_a_model_is_an_error_before_anything_starts(tmp_path
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
     with pytest.raises(ValueError, match="--sglang-api-key is 'x', but is set by the run itself"):
         start_engine(str(tmp_path), log_path=log, server_args={"api_key": "x"}, **SETTINGS)
+
+
+@pytest.mark.parametrize("failure", ["no log", "no process", "it dies at once"])
+def test_an_engine_that_cannot_be_started_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    log, server_args = tmp_path / "log", {}
+    if failure == "no log":
+        log.mkdir()
+    elif failure == "no process":
+        monkeypatch.setattr(sys, "executable", str(tmp_path / "nowhere"))
+    else:  # and has read nothing: the arguments do not fit its pipe
+        monkeypatch.setattr(sys, "executable", shutil.which("true"))
+        server_args = {"long": "x" * (1 << 20)}
+    process = psutil.Process()
+    before = process.children(), process.net_connections()
+    with pytest.raises(OSError, match=r"Is a directory|No such file|Broken pipe"):
+        start_engine(str(tmp_path), log_path=str(log), server_args=server_args, **SETTINGS)
+    assert list(scratch.iterdir()) == []
+    assert (process.children(), process.net_connections()) == before
 
 
 def test_the_log_tail_names_the_exception_and_shows_the_last_lines(tmp_path: Path) -> None:
