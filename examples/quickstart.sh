@@ -5,7 +5,7 @@
 #
 # TORCH_INDEX_URL names another wheel index for torch (see setup_env.sh). Further flags are those of quickstart.py.
 set -euo pipefail
-trap 'exit 130' INT TERM
+trap 'exit 130' INT TERM HUP
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 MODEL=$ROOT/runs/models/SmolLM2-135M-Instruct

@@ -21,9 +21,12 @@ fail() {
     exit 1
 }
 
-# What the finished .venv was made from: the requirements, this script, and where it lies (scripts hold paths).
+# What the finished .venv was made from: its requirements, this script, and where it lies (scripts hold paths).
 fingerprint() {
-    { cat "$ROOT"/requirements/*.txt "$ROOT/setup.py" "$ROOT/examples/setup_env.sh" && printf '%s' "$ROOT"; } | sha256sum
+    {
+        cat "$ROOT"/requirements/{torch,build,cpu,cpu-no-deps,test,constraints}.txt "$ROOT/setup.py" \
+            "$ROOT/examples/setup_env.sh" && printf '%s' "$ROOT"
+    } | sha256sum
 }
 
 is_complete() {
@@ -60,7 +63,7 @@ logged() {
 }
 
 interrupted() {
-    trap '' INT TERM
+    trap '' INT TERM HUP
     if [[ -n $CHILD ]]; then
         kill "$CHILD" 2>/dev/null || true
         wait "$CHILD" 2>/dev/null || true
@@ -184,7 +187,7 @@ main() {
     CHILD=
     NUMBER=0
     NUM_STEPS=6
-    trap interrupted INT TERM
+    trap interrupted INT TERM HUP
     require_disk "$NEEDED_MIB"
 
     say "installing into $VENV (log: $LOG)"

@@ -88,6 +88,9 @@ def test_a_second_set_up_does_nothing_until_the_requirements_change(repo: Path) 
     assert (second.returncode, second.stderr) == (0, "")
     assert time.monotonic() - started < 1
     assert pip_calls(repo) == calls
+    with (repo / "requirements/gpu.txt").open("a") as file:
+        file.write("# no part of .venv\n")
+    assert set_up(repo).stderr == ""
     with (repo / "requirements/test.txt").open("a") as file:
         file.write("# changed\n")
     assert "[6/6]" in set_up(repo).stderr
