@@ -1,7 +1,8 @@
 # The GPU image: CUDA 13.0, Python 3.12, torch 2.11. It has never been built: what is pinned here was checked against
 # the packages' metadata only (SGLang 0.5.17 requires torch==2.11.0 and transformers==5.12.1; megatron-core 0.19.2
 # requires Python 3.12 and torch >= 2.6; nvidia-modelopt 0.47.0 requires torch >= 2.8). Not checked: the base image's
-# tag, that Transformer Engine and Apex compile against this torch, and that everything runs together.
+# tag, that Transformer Engine and Apex compile against this torch, and that everything runs together. The engine code
+# is written to SGLang 0.5.23 and megatron-core 0.16.1, so the other releases pinned here need a first run.
 #
 #   docker build -t megatron-fipo .
 #   docker run --gpus all --ipc=host --ulimit memlock=-1 -it megatron-fipo
