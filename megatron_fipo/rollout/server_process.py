@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_fipo.patches.sglang_cpu.plugin import ASKED_FOR
 from megatron_fipo.rollout.sglang_engine import ServerHandle, SGLangEngine
 
 # What torchrun and srun tell the trainer about its own process group; SGLang would take it for its own.
@@ -150,6 +151,7 @@ def _environment(scratch_dir: str, use_cpu: bool, tp_size: int, architecture: st
         return environment
     environment.setdefault("OMP_NUM_THREADS", "1")
     environment["TORCHDYNAMO_DISABLE"] = "1"
+    environment[ASKED_FOR] = "1"
     if tp_size > 1:
         cpus = sorted(os.sched_getaffinity(0))
         environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(cpus[rank % len(cpus)]) for rank in range(tp_size))

@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_fipo.patches.sglang_cpu.plugin import ASKED_FOR, activate
+
 TRITON_ABSENT = importlib.util.find_spec("triton") is None
 
 
@@ -24,7 +26,8 @@ TRITON_ABSENT = importlib.util.find_spec("triton") is None
 def patched() -> dict[str, Any]:
     """What `_report` found in a process with the patches."""
     package = "megatron_fipo.patches.sglang_cpu.models"
-    environment = dict(os.environ, SGLANG_EXTERNAL_MODEL_PACKAGE=package, TORCHDYNAMO_DISABLE="1", OMP_NUM_THREADS="1")
+    settings = {ASKED_FOR: "1", "SGLANG_EXTERNAL_MODEL_PACKAGE": package, "TORCHDYNAMO_DISABLE": "1"}
+    environment = {**os.environ, **settings, "OMP_NUM_THREADS": "1"}
     answer = subprocess.run(
         [sys.executable, __file__], capture_output=True, text=True, check=False, env=environment, timeout=300
     )
@@ -55,6 +58,13 @@ def test_the_platform_is_ours_and_sglangs_own_still_has_no_attention_backend(pat
     assert patched["platform"] == "NativeCpuPlatform"
     assert patched["attention_backend"] == "torch_native"
     assert patched["base_platform"] == "NotImplementedError"
+
+
+def test_sglang_outside_our_engines_is_left_to_choose_its_platform(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ASKED_FOR, raising=False)
+    assert activate() is None
+    monkeypatch.setenv(ASKED_FOR, "1")
+    assert activate() == "megatron_fipo.patches.sglang_cpu.platform.NativeCpuPlatform"
 
 
 def test_deterministic_mode_accepts_torch_native_only_through_the_patch(patched) -> None:

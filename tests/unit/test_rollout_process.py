@@ -15,9 +15,10 @@ from typing import Any
 import psutil
 import pytest
 
+from megatron_fipo.patches.sglang_cpu.plugin import ASKED_FOR
 from megatron_fipo.rollout.log_tail import log_tail
 from megatron_fipo.rollout.process_group import group_members, stop_process_group
-from megatron_fipo.rollout.server_process import engine_environment, start_engine
+from megatron_fipo.rollout.server_process import _environment, engine_environment, start_engine
 
 SETTINGS: dict[str, Any] = {
     "name": "e0",
@@ -34,6 +35,11 @@ SETTINGS: dict[str, Any] = {
 def test_what_a_launcher_said_about_the_trainer_does_not_reach_the_engine() -> None:
     environment = {"RANK": "0", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "x", "PET_NNODES": "1", "PATH": "/bin"}
     assert engine_environment(environment) == {"PATH": "/bin"}
+
+
+def test_only_an_engine_on_the_cpu_asks_for_our_platform() -> None:
+    assert _environment("scratch", True, 1, "LlamaForCausalLM")[ASKED_FOR] == "1"
+    assert ASKED_FOR not in _environment("scratch", False, 1, "LlamaForCausalLM")
 
 
 def test_a_directory_without_a_model_is_an_error_before_anything_starts(tmp_path: Path) -> None:
