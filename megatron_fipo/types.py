@@ -133,11 +133,17 @@ class TrainSequence:
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
     """A micro-batch: sequences laid end to end without padding, except one dummy sequence of mask 0 at the end when the
-    layout wants T to be a multiple of something (sequence parallelism)."""
+    layout wants the rows to be a multiple of something (sequence parallelism).
 
-    token_ids: Tensor  # [T] int64
+    T counts the tokens of all sequences; S <= T counts the rows the model computes: a prompt that several sequences of
+    the batch begin with is computed once. `rows` and `positions_of_rows` lead from one to the other.
+    """
+
+    token_ids: Tensor  # [S] int64
+    position_ids: Tensor  # [S] int64, restarts at every sequence
+    rows: Tensor  # [T] int64, the row of each token
+    positions_of_rows: Tensor  # [S] int64, one of the tokens (an index into T) whose row it is
     labels: Tensor  # [T] int64, the next token; 0 at a sequence's last position
-    position_ids: Tensor  # [T] int64, restarts at every sequence
     cu_seqlens: Tensor  # [num_seqs + 1] int32, first 0, last T
     loss_mask: Tensor  # [T] bool
     advantages: Tensor  # [T] fp32

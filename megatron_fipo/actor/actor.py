@@ -21,7 +21,7 @@ from megatron_fipo.actor.setup import Groups
 from megatron_fipo.actor.weights import WeightTable, export_weights, load_hf_weights, weight_table
 from megatron_fipo.config import PPOSettings
 from megatron_fipo.losses import collect_token_stats, update_metrics
-from megatron_fipo.ops.packing import micro_batches, pack
+from megatron_fipo.ops.packing import micro_batches, pack, shared_micro_batches
 from megatron_fipo.parallel import ParallelLayout
 from megatron_fipo.types import PackedBatch, TrainSequence
 from megatron_fipo.weights.architecture import Architecture, check_layout, padded_vocab_size
@@ -41,6 +41,7 @@ class Actor:
     table: WeightTable
     max_tokens_per_micro_batch: int
     max_response_len: int
+    share_prompts: bool  # compute a prompt that samples of a micro-batch share once
 
     def old_logprobs(self, mini_batches: Sequence[Sequence[TrainSequence]]) -> tuple[list[Tensor], list[Tensor]]:
         """Log-probs and entropies of this rank's sequences under the current weights, forward only.
@@ -102,11 +103,20 @@ class Actor:
 
     def _packed(self, sequences: Sequence[TrainSequence], old_logprobs: Sequence[Tensor] | None) -> list[PackedBatch]:
         device = next(self.model.parameters()).device
-        lengths = [len(sequence.token_ids) for sequence in sequences]
-        multiple = self.layout.tp if self.layout.sequence_parallel else 1
+        if self.share_prompts:
+            batches = shared_micro_batches(sequences, self.max_tokens_per_micro_batch)
+        else:
+            batches = micro_batches([len(s.token_ids) for s in sequences], self.max_tokens_per_micro_batch)
         return [
-            pack(sequences, members, old_logprobs=old_logprobs, multiple_of=multiple, device=device)
-            for members in micro_batches(lengths, self.max_tokens_per_micro_batch)
+            pack(
+                sequences,
+                members,
+                old_logprobs=old_logprobs,
+                share_prompts=self.share_prompts,
+                multiple_of=self.layout.tp if self.layout.sequence_parallel else 1,
+                device=device,
+            )
+            for members in batches
         ]
 
     def _mini_batch_metrics(self, outcome: pipeline.UpdateOutcome, settings: PPOSettings) -> dict[str, float] | None:
@@ -172,4 +182,5 @@ def build_actor(
         table=weight_table(model, arch, layout, groups),
         max_tokens_per_micro_batch=max_tokens_per_micro_batch,
         max_response_len=max_response_len,
+        share_prompts=transformer_impl == "local",  # Transformer Engine's kernels know sequences, not shared prompts
     )

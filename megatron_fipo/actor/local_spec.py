@@ -6,6 +6,7 @@ megatron-core's own local layers refuse packed sequences (DotProductAttention) a
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,6 +38,14 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] -> same shape and dtype; the mean of squares is taken in fp32."""
         return F.rms_norm(x, (x.size(-1),), self.weight, self.eps)
+
+
+@dataclass
+class Pack(PackedSeqParams):
+    """Megatron's description of a packed batch, and how tokens and rows correspond (see types.PackedBatch)."""
+
+    rows: Tensor = None  # type: ignore[assignment]  # [T] int64
+    positions_of_rows: Tensor = None  # type: ignore[assignment]  # [S] int64
 
 
 LENGTH_STEP = 16
@@ -76,10 +85,11 @@ class PackedAttention(nn.Module):
         attention_mask: Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: Pack | None = None,
     ) -> Tensor:
-        """query [T, heads, d], key and value [T, groups, d] -> [T, heads * d]."""
+        """query [S, 1, heads, d], key and value [S, 1, groups, d] -> [S, 1, heads * d]."""
         assert packed_seq_params is not None, "the actor always packs"
+        query, key, value = query[:, 0], key[:, 0], value[:, 0]
         cu_seqlens = packed_seq_params.cu_seqlens_q.tolist()
         same_length: dict[int, list[tuple[int, int]]] = {}
         for start, end in itertools.pairwise(cu_seqlens):
@@ -87,12 +97,13 @@ class PackedAttention(nn.Module):
         outputs: dict[int, Tensor] = {}
         for length, members in same_length.items():
             # padding repeats the last token: its queries are dropped, its keys come after every query that is kept
-            rows = torch.cat([torch.arange(start, start + length).clamp_(max=end - 1) for start, end in members])
-            rows = rows.to(query.device)
+            tokens = torch.cat([torch.arange(start, start + length).clamp_(max=end - 1) for start, end in members])
+            rows = packed_seq_params.rows[tokens.to(query.device)]
             padded = (x.index_select(0, rows).unflatten(0, (-1, length)) for x in (query, key, value))
             for (start, end), row in zip(members, self._attend(*padded)):
                 outputs[start] = row[: end - start]
-        return torch.cat([outputs[start] for start in cu_seqlens[:-1]]).flatten(1)
+        out = torch.cat([outputs[start] for start in cu_seqlens[:-1]])  # [T, heads, d]
+        return out.index_select(0, packed_seq_params.positions_of_rows).flatten(1)[:, None]
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query [n, L, heads, d], key and value [n, L, groups, d] -> [n, L, heads, d]."""

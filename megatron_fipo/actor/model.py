@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_fipo.actor.local_spec import local_block_spec
+from megatron_fipo.actor.local_spec import Pack, PackedAttention, local_block_spec
 from megatron_fipo.ops.logprobs import vocab_parallel_logprobs
 from megatron_fipo.parallel import ParallelLayout
 from megatron_fipo.types import PackedBatch
@@ -83,13 +82,27 @@ class PolicyModel(GPTModel):
         super().__init__(**kwargs)
         self.true_vocab_size = true_vocab_size
 
+    def _preprocess(self, **kwargs: Any) -> tuple[Any, ...]:
+        prepared = super()._preprocess(**kwargs)
+        if kwargs["packed_seq_params"].qkv_format == "thd":
+            return prepared
+        decoder_input, rotary_pos_emb, *rest = prepared
+        return decoder_input, rotary_pos_emb.index_select(0, kwargs["position_ids"][0]), *rest
+
     def _postprocess(
-        self, hidden_states: Tensor, *, labels: Tensor | None = None, loss_mask: Tensor | None = None, **_: Any
+        self,
+        hidden_states: Tensor,
+        *,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        packed_seq_params: Pack | None = None,
+        **_: Any,
     ) -> Tensor:
         if not self.post_process:
             return hidden_states
         assert labels is not None
         assert loss_mask is not None
+        assert packed_seq_params is not None
         tp_group = self.pg_collection.tp
         if self.config.sequence_parallel:
             hidden_states = gather_from_sequence_parallel_region(
@@ -97,7 +110,7 @@ class PolicyModel(GPTModel):
             )
         labels, loss_mask = labels[0], loss_mask[0]
         positions = loss_mask.nonzero()[:, 0]
-        chosen = hidden_states.index_select(0, positions)  # [N, 1, h]
+        chosen = hidden_states.index_select(0, packed_seq_params.rows[positions])  # [N, 1, h]
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         if not self.config.sequence_parallel:
             chosen = _SumGradients.apply(chosen, tp_group)
@@ -164,15 +177,18 @@ def unwrapped(model: nn.Module) -> PolicyModel:
 
 
 def run_model(model: nn.Module, batch: PackedBatch) -> Tensor:
-    """One packed micro-batch through this stage: hidden states [T, 1, h] or, on the last stage, `[2, T]`."""
-    lengths = batch.cu_seqlens.diff()
-    longest = int(lengths.max())
-    packed = PackedSeqParams(
-        qkv_format="thd",
+    """One packed micro-batch through this stage: hidden states [S, 1, h] or, on the last stage, `[2, T]`."""
+    longest = int(batch.cu_seqlens.diff().max())
+    is_local = isinstance(next(iter(unwrapped(model).decoder.layers)).self_attention.core_attention, PackedAttention)
+    packed = Pack(
+        # "thd" restarts positions at every sequence; where prompts are shared, each row has a position of its own
+        qkv_format="sbhd" if is_local else "thd",
         cu_seqlens_q=batch.cu_seqlens,
         cu_seqlens_kv=batch.cu_seqlens,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
+        rows=batch.rows,
+        positions_of_rows=batch.positions_of_rows,
     )
     return model(
         batch.token_ids[None],

@@ -46,32 +46,61 @@ def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     raise AssertionError("one sequence per micro-batch always fits")
 
 
+def shared_micro_batches(sequences: Sequence[TrainSequence], max_tokens: int) -> list[list[int]]:
+    """`micro_batches` that keeps neighbours with the same prompt together, whose prompt is then computed once.
+
+    A run of neighbours is cut where it would exceed `max_tokens` rows.
+    """
+    chunks: list[list[int]] = []
+    costs: list[int] = []
+    previous = b""
+    for index, sequence in enumerate(sequences):
+        key, length, prompt = _prompt_key(sequence), len(sequence.token_ids), _prompt_length(sequence)
+        if chunks and key == previous and costs[-1] + length - prompt <= max_tokens:
+            chunks[-1].append(index)
+            costs[-1] += length - prompt
+        else:
+            chunks.append([index])
+            costs.append(length)
+        previous = key
+    return [[i for chunk in batch for i in chunks[chunk]] for batch in micro_batches(costs, max_tokens)]
+
+
 def pack(
     sequences: Sequence[TrainSequence],
     members: Sequence[int],
     *,
     old_logprobs: Sequence[Tensor] | None = None,
+    share_prompts: bool = False,
     multiple_of: int = 1,
     device: torch.device | str = "cpu",
 ) -> PackedBatch:
-    """Lay `sequences[i] for i in members` end to end.
+    """Lay `sequences[i] for i in members` end to end; with `share_prompts`, equal prompts are one stretch of rows.
 
-    `old_logprobs[i]` is [L_i] fp32. A dummy sequence of mask 0 is appended when the total is not a `multiple_of`.
+    `old_logprobs[i]` is [L_i] fp32. A dummy sequence of mask 0 is appended when the rows are not a `multiple_of`.
     """
     chosen = [sequences[i] for i in members]
-    lengths = [len(sequence.token_ids) for sequence in chosen]
-    padding = -sum(lengths) % multiple_of
-    tail = [padding] if padding else []
+    rows, sources, positions = _rows(chosen, share_prompts)
+    padding = -len(sources) % multiple_of
+    num_tokens = len(rows)
+    rows = np.append(rows, len(sources) + np.arange(padding))
+    sources = np.append(sources, num_tokens + np.arange(padding))
+    positions = np.append(positions, np.arange(padding))
+    lengths = [len(sequence.token_ids) for sequence in chosen] + ([padding] if padding else [])
 
     def joined(arrays: list[np.ndarray], dtype: torch.dtype) -> Tensor:
         flat = np.concatenate([*arrays, np.zeros(padding, dtype=arrays[0].dtype)])
         return torch.from_numpy(flat).to(device=device, dtype=dtype)
 
+    token_ids = joined([s.token_ids for s in chosen], torch.int64)
+    sources_tensor = torch.from_numpy(sources).to(device)
     return PackedBatch(
-        token_ids=joined([s.token_ids for s in chosen], torch.int64),
+        token_ids=token_ids[sources_tensor],
+        position_ids=torch.from_numpy(positions).to(device),
+        rows=torch.from_numpy(rows).to(device),
+        positions_of_rows=sources_tensor,
         labels=joined([np.append(s.token_ids[1:], 0) for s in chosen], torch.int64),
-        position_ids=torch.cat([torch.arange(n, device=device) for n in [*lengths, *tail]]),
-        cu_seqlens=torch.tensor(np.cumsum([0, *lengths, *tail]), dtype=torch.int32, device=device),
+        cu_seqlens=torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32, device=device),
         loss_mask=joined([s.loss_mask for s in chosen], torch.bool),
         advantages=joined([s.advantages for s in chosen], torch.float32),
         rollout_logprobs=joined([s.rollout_logprobs for s in chosen], torch.float32),
@@ -80,3 +109,34 @@ def pack(
         else torch.cat([*(old_logprobs[i].to(device) for i in members), torch.zeros(padding, device=device)]),
         members=tuple(members),
     )
+
+
+def _rows(sequences: Sequence[TrainSequence], share_prompts: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(row of every token [T], a token of every row [S], position of every row [S])."""
+    rows: list[np.ndarray] = []
+    sources: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    prompt_rows: dict[bytes, np.ndarray] = {}
+    num_tokens = num_rows = 0
+    for sequence in sequences:
+        length, prompt = len(sequence.token_ids), _prompt_length(sequence)
+        key = _prompt_key(sequence)
+        shared = prompt_rows[key] if share_prompts and key in prompt_rows else np.zeros(0, dtype=np.int64)
+        own = np.arange(len(shared), length)
+        mine = np.append(shared, num_rows + np.arange(len(own)))
+        prompt_rows[key] = mine[:prompt]
+        rows.append(mine)
+        sources.append(num_tokens + own)
+        positions.append(own)
+        num_tokens += length
+        num_rows += len(own)
+    return np.concatenate(rows), np.concatenate(sources), np.concatenate(positions)
+
+
+def _prompt_length(sequence: TrainSequence) -> int:
+    """Tokens before the first that is trained on; entry i of the mask is about token i + 1."""
+    return int(sequence.loss_mask.argmax()) + 1 if sequence.loss_mask.any() else len(sequence.token_ids)
+
+
+def _prompt_key(sequence: TrainSequence) -> bytes:
+    return sequence.token_ids[: _prompt_length(sequence)].tobytes()

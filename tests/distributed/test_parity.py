@@ -230,7 +230,7 @@ def gradients_of(actor: Any, sequences: list[TrainSequence]) -> tuple[dict[str, 
     gradients = export_weights(
         actor.model, actor.arch, actor.layout, actor.groups, actor.table, read=lambda p: p.main_grad
     )
-    return {name: value.clone() for name, value in gradients}, F.linear(hidden[0][:, 0], weight).detach()
+    return {name: value.clone() for name, value in gradients}, F.linear(hidden[0][batch.rows, 0], weight).detach()
 
 
 def on_one_rank(directories: dict[str, str]) -> dict[str, Any]:

@@ -56,9 +56,13 @@ def save_model(directory: Path, family: str, *, tied: bool, seed: int = 0) -> An
 def make_sequences(num: int, *, seed: int = 0) -> list[TrainSequence]:
     """Sequences of odd lengths: masked prefixes, holes, an empty response, a response of one token, both signs of A."""
     rng = np.random.default_rng(seed)
-    sequences = []
+    sequences: list[TrainSequence] = []
+    num_prompt = 0
     for i in range(num):
         prompt, response = int(rng.integers(1, 9)), int(rng.integers(2, 23))
+        shares_prompt = i in (4, 5, 8)  # with the sequence before
+        if shares_prompt:
+            prompt = num_prompt
         if i == 1:
             response = 1
         length = prompt + response
@@ -68,10 +72,14 @@ def make_sequences(num: int, *, seed: int = 0) -> list[TrainSequence]:
             mask[prompt + 2 : prompt + 4] = False
         if i == 2:
             mask[:] = False
+        token_ids = rng.integers(0, VOCAB, length)
+        if shares_prompt:
+            token_ids[:prompt] = sequences[-1].token_ids[:prompt]
+        num_prompt = prompt
         sequences.append(
             TrainSequence(
                 uid=f"problem/{i}",
-                token_ids=rng.integers(0, VOCAB, length),
+                token_ids=token_ids,
                 loss_mask=mask,
                 advantages=np.full(length, (-1.0) ** i * (0.3 + 0.1 * i), dtype=np.float32),
                 rollout_logprobs=np.zeros(length, dtype=np.float32),

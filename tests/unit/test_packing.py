@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_fipo.ops.packing import balanced_shares, micro_batches, pack
+from megatron_fipo.ops.packing import balanced_shares, micro_batches, pack, shared_micro_batches
 from megatron_fipo.types import TrainSequence
 
 
@@ -125,3 +125,38 @@ def test_a_dummy_sequence_of_mask_0_fills_up_to_a_multiple(multiple_of: int, pad
 
 def test_without_old_logprobs_there_are_none() -> None:
     assert pack([make_sequence([1, 2], [1, 0])], [0]).old_logprobs is None
+
+
+def test_shared_prompts_are_computed_once_and_every_token_finds_its_row():
+    prompt, other = np.array([5, 6, 7]), np.array([8])
+
+    def sequence(prompt: np.ndarray, response: list[int]) -> TrainSequence:
+        tokens = np.append(prompt, response)
+        mask = np.zeros(len(tokens), dtype=bool)
+        mask[len(prompt) - 1 : -1] = True
+        floats = np.zeros(len(tokens), dtype=np.float32)
+        return TrainSequence("s", tokens, mask, floats, floats)
+
+    sequences = [sequence(prompt, [1, 2]), sequence(other, [3]), sequence(prompt, [4]), sequence(prompt, [9, 9])]
+    batch = pack(sequences, range(4), share_prompts=True, multiple_of=4)
+    assert batch.token_ids.tolist() == [5, 6, 7, 1, 2, 8, 3, 4, 9, 9, 0, 0]
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 0, 1, 3, 3, 4, 0, 1]
+    tokens = np.concatenate([s.token_ids for s in sequences] + [[0, 0]])
+    assert batch.token_ids[batch.rows].tolist() == tokens.tolist()  # T = 18 tokens on S = 12 rows
+    assert torch.equal(batch.rows[batch.positions_of_rows], torch.arange(12))
+    assert batch.cu_seqlens.tolist() == [0, 5, 7, 11, 16, 18]
+    apart = pack(sequences, range(4))
+    assert torch.equal(apart.rows, torch.arange(16))
+    assert apart.labels.tolist() == batch.labels[:16].tolist()
+
+
+def test_micro_batches_keep_a_shared_prompt_together_up_to_the_budget():
+    def sequence(first: int) -> TrainSequence:
+        mask = np.array([False, False, True, True, False])
+        floats = np.zeros(5, dtype=np.float32)
+        return TrainSequence("s", np.array([first, 1, 2, 3, 4]), mask, floats, floats)
+
+    sequences = [sequence(0)] * 3 + [sequence(9)] * 2  # 3 prompt and 2 response tokens: 9 rows and 7 rows
+    assert sorted(map(sorted, shared_micro_batches(sequences, 9))) == [[0, 1, 2], [3, 4]]
+    assert sorted(map(sorted, shared_micro_batches(sequences, 7))) == [[0, 1], [2], [3, 4]]
+    assert sorted(map(sorted, shared_micro_batches(sequences, 100))) == [[0, 1, 2, 3, 4]]
