@@ -66,7 +66,7 @@ def training_flags(options: argparse.Namespace, run_dir: Path, export_dir: Path)
         *("--num-updates-per-rollout", "4"),
         *("--rollout-max-prompt-len", "64"),
         *("--rollout-max-response-len", "8"),
-        *("--max-tokens-per-micro-batch", "128"),
+        *("--max-tokens-per-micro-batch", "256"),
     ]
     optimizer = ["--lr", "1e-5", "--lr-warmup-iters", "0", "--weight-decay", "0.0"]
     algorithm = ["--algorithm", options.algorithm]
