@@ -3,7 +3,7 @@
 Why: the last stage's copy of the word embedding is moved with `.cuda()` before it is all-reduced.
 Upstream: megatron.core.models.common.language_module.LanguageModule.setup_embeddings_and_output_layer.
 Drop-when: the move names the model's own device.
-Test: tests/unit/test_patch_megatron.py::test_embedding_stays_on_cpu_is_needed
+Test: tests/distributed/test_patch_megatron.py::test_embedding_stays_on_cpu_is_needed
 """
 
 from __future__ import annotations

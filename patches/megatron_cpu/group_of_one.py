@@ -4,7 +4,7 @@ Why: with one data-parallel rank, gloo still copies the whole gradient buffer (r
     buffer (all-gather) to fresh memory and back, a fifth of an update of the quickstart; NCCL does not.
 Upstream: megatron.core.distributed.param_and_grad_buffer.dist_reduce_scatter_func and dist_all_gather_func.
 Drop-when: the bucket groups skip collectives over a group of one, or gloo works in place.
-Test: tests/unit/test_patch_megatron.py::test_group_of_one_is_needed
+Test: tests/distributed/test_patch_megatron.py::test_group_of_one_is_needed
 """
 
 from __future__ import annotations

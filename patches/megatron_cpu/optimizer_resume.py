@@ -6,7 +6,7 @@ Why: (a) loading looks for a per-parameter tensor 'step' that the checkpoint kee
 Upstream: DistributedOptimizer._set_main_param_and_optimizer_states and .load_state_dict; Apex's and Transformer
     Engine's Adam keep no per-parameter step and are not affected.
 Drop-when: megatron-core gives each parameter its own step, and skips it when it copies tensors.
-Test: tests/unit/test_patch_megatron.py::test_optimizer_resume_is_needed
+Test: tests/distributed/test_patch_megatron.py::test_optimizer_resume_is_needed
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Why: the tracker reads and sets the default generator of a CUDA device.
 Upstream: megatron.core.tensor_parallel.random._get_cuda_rng_state and _set_cuda_rng_state.
 Drop-when: the tracker takes the device whose generator it keeps.
-Test: tests/unit/test_patch_megatron.py::test_rng_on_cpu_is_needed
+Test: tests/distributed/test_patch_megatron.py::test_rng_on_cpu_is_needed
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Why: they sort parameters by `param.type()`, whose only known names are 'torch.c
 Upstream: DistributedOptimizer._build_model_and_main_param_groups, Float16OptimizerWithFloat16Params.__init__,
     clip_grads.clip_grad_by_total_norm_fp32 (also imported by name into optimizer.optimizer).
 Drop-when: they compare dtypes.
-Test: tests/unit/test_patch_megatron.py::test_tensor_type_names_is_needed
+Test: tests/distributed/test_patch_megatron.py::test_tensor_type_names_is_needed
 
 While one of these functions runs, `Tensor.type()` without arguments names a CPU tensor as its CUDA sibling.
 """

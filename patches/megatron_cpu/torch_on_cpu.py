@@ -4,7 +4,7 @@ Why: megatron-core asks `torch.cuda.current_device()` for every buffer, makes st
 Upstream: about 30 modules of megatron.core, e.g. tensor_parallel.mappings, pipeline_parallel.p2p_communication,
     distributed.param_and_grad_buffer, optimizer.optimizer, dist_checkpointing.strategies.filesystem_async.
 Drop-when: megatron-core takes its device from an argument, or from torch.accelerator.
-Test: tests/unit/test_patch_megatron.py::test_torch_on_cpu_is_needed
+Test: tests/distributed/test_patch_megatron.py::test_torch_on_cpu_is_needed
 
 Only the name `torch` inside megatron.core's own modules changes; the rest of the process sees the real one.
 """

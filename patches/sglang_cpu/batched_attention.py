@@ -5,7 +5,7 @@ Why: SGLang's torch_native backend loops over the sequences in Python (about ten
 Upstream: sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend; hook:
     sglang.srt.layers.attention.attention_registry.register_attention_backend
 Drop-when: upstream's torch_native backend is batched.
-Test: tests/unit/test_patch_sglang_attention.py, tests/unit/test_patch_sglang.py, tests/e2e/test_engine.py
+Test: tests/unit/test_patch_sglang_attention.py, tests/distributed/test_patch_sglang.py, tests/e2e/test_engine.py
 """
 
 from __future__ import annotations

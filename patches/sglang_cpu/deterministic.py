@@ -6,7 +6,7 @@ Why: SGLang draws with a request's `sampling_seed` only in its deterministic mod
 Upstream: sglang.srt.arg_groups.choices (two lists with public `add_*` hooks),
     sglang.srt.batch_invariant_ops.enable_batch_invariant_mode (raises without CUDA or XPU)
 Drop-when: deterministic mode works on CPU upstream, or sampling_seed works without it.
-Test: tests/unit/test_patch_sglang.py, tests/e2e/test_engine.py
+Test: tests/distributed/test_patch_sglang.py, tests/e2e/test_engine.py
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Why: a spawned child imports torch, transformers and sglang anew (5-7 s each on 
     of two cores); a forked one has them, patches included. Spawn exists for CUDA, which does not survive a fork.
 Upstream: sglang.srt.entrypoints.engine (`mp.set_start_method("spawn", force=True)`, `mp.Process`, `mp.Pipe`)
 Drop-when: the start method can be chosen by an argument.
-Test: tests/unit/test_patch_sglang.py, tests/e2e/test_engine.py
+Test: tests/distributed/test_patch_sglang.py, tests/e2e/test_engine.py
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Why: sglang imports triton in over 400 modules and torchvision.transforms in one
     device. Neither has a CPU wheel that fits beside a CPU torch, and no CPU path calls either.
 Upstream: sglang.srt.utils.common (`import triton`), sglang.srt.configs.deepseek_ocr (`from torchvision.transforms`).
 Drop-when: both imports are lazy upstream, or CPU wheels of both packages are installed (then nothing is stubbed).
-Test: tests/unit/test_patch_sglang.py
+Test: tests/distributed/test_patch_sglang.py
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Why: SGLang's debugging dumper imports megatron.core wherever it is installed, i
     core's time at start, for a plug-in nobody uses.
 Upstream: sglang.srt.debug_utils.dumper._MegatronPlugin (an import under `except ImportError`)
 Drop-when: the dumper imports its plug-ins when it is switched on.
-Test: tests/unit/test_patch_sglang.py
+Test: tests/distributed/test_patch_sglang.py
 """
 
 from __future__ import annotations

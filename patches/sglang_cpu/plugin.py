@@ -4,7 +4,7 @@ Why: without a platform, SGLang 0.5.23 on a CPU falls back to a base class witho
     (SGLANG_USE_CPU_ENGINE=1) calls AMX kernels of a package that has no wheel.
 Upstream: sglang.srt.platforms._resolve_platform
 Drop-when: SGLang's own CPU platform runs without sgl-kernel-cpu.
-Test: tests/unit/test_patch_sglang.py
+Test: tests/distributed/test_patch_sglang.py
 """
 
 import os

@@ -5,7 +5,7 @@ Why: SGLang's own seeded sampler hashes by a kernel of sgl_kernel, which has no 
 Upstream: sglang.srt.layers.sampler.multinomial_with_seed; hook: sglang.srt.layers.sampler.register_sampler_backend
     (under the name "pytorch", because deterministic mode forces that backend)
 Drop-when: sglang.kernels.ops.sampling.murmur_hash runs without sgl_kernel, and fast.
-Test: tests/unit/test_patch_sglang_sampling.py, tests/unit/test_patch_sglang.py
+Test: tests/unit/test_patch_sglang_sampling.py, tests/distributed/test_patch_sglang.py
 """
 
 from __future__ import annotations

@@ -4,5 +4,5 @@ Why: SGLang imports all of its 250 model files to find one class, which is the l
 Upstream: sglang.srt.models.registry, environment variable SGLANG_EXTERNAL_MODEL_PACKAGE (any other architecture still
     loads the whole registry)
 Drop-when: the registry is lazy.
-Test: tests/unit/test_patch_sglang.py
+Test: tests/distributed/test_patch_sglang.py
 """

@@ -110,7 +110,7 @@ def test_every_patch_has_its_test(repo_root: Path) -> None:
     named = {
         path.stem
         for path in folder.glob("*.py")
-        if f"tests/unit/{Path(__file__).name}::test_{path.stem}_is_needed" in path.read_text()
+        if f"tests/distributed/{Path(__file__).name}::test_{path.stem}_is_needed" in path.read_text()
     }
     assert named == {"torch_on_cpu", *TARGETS}
 
