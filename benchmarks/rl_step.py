@@ -1,8 +1,8 @@
 """Our quickstart's steady-state loop beside TRL's GRPOTrainer: same model, prompts, sample count and updates.
 
 Rollout, log-probs, 4 updates and weight sync of 64 samples of at most 8 tokens, without dynamic sampling and without
-evaluation. The two run one after the other, in turns; medians over the steps after warm-up. TRL wants an environment of
-its own:
+evaluation. The two run one after the other, in turns, under the same environment variables; medians over the steps after
+warm-up. TRL wants packages of its own:
 
     python3 -m venv DIR && DIR/bin/pip install -r requirements/benchmark.txt
     python benchmarks/rl_step.py --hf-checkpoint MODEL --trl-python DIR/bin/python
@@ -74,7 +74,7 @@ def run_ours(options: argparse.Namespace, run_dir: Path) -> list[dict[str, float
     )
     flags = quickstart.training_flags(configuration, run_dir, run_dir / "model")
     flags += ["--no-dynamic-sampling", "--eval-interval", str(options.steps), *options.extra]
-    _run([*quickstart._torchrun(), *flags], threads=1)  # two ranks, one thread each
+    _run([*quickstart.launcher(), *flags], threads=1)  # two ranks, one thread each
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [
         {name: record[f"time/{name}"] for name in ("step", *STAGES) if f"time/{name}" in record}
@@ -117,7 +117,9 @@ def _rate(seconds: list[float]) -> float:
 
 
 def _run(command: list[str], *, threads: int) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TORCHDYNAMO_DISABLE": "1"}
+    from quickstart import ENVIRONMENT  # the same for both
+
+    environment = {**ENVIRONMENT, **os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(
         command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )

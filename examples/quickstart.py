@@ -34,7 +34,7 @@ def main() -> int:
     run_dir = options.run_dir or ROOT / "runs" / f"quickstart-{options.algorithm}-{options.seed}"
     export_dir = run_dir / "model"
     _make_way(run_dir)
-    command = [*_torchrun(), *training_flags(options, run_dir, export_dir), *extra]
+    command = [*launcher(), *training_flags(options, run_dir, export_dir), *extra]
     status = _run(command)
     if status != 0:
         print(
@@ -98,7 +98,7 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
     return options, extra
 
 
-def _torchrun() -> list[str]:
+def launcher() -> list[str]:
     return [
         *(sys.executable, "-m", "megatron_fipo.launch"),
         *("--nproc-per-node", "2"),
