@@ -1,8 +1,8 @@
 """Our quickstart's steady-state loop beside TRL's GRPOTrainer: same model, prompts, sample count and updates.
 
 Rollout, log-probs, 4 updates and weight sync of 64 samples of at most 8 tokens, without dynamic sampling and without
-evaluation. The two run one after the other, in turns, under the same environment variables; medians over the steps after
-warm-up. TRL wants packages of its own:
+evaluation. The two run one after the other, in turns, under the same environment variables; medians over the steps
+after warm-up. TRL wants packages of its own:
 
     python3 -m venv DIR && DIR/bin/pip install -r requirements/benchmark.txt
     python benchmarks/rl_step.py --hf-checkpoint MODEL --trl-python DIR/bin/python
