@@ -97,7 +97,7 @@ def run_trl(options: argparse.Namespace, prompts: Path, output: Path) -> list[fl
         *("--threads", str(options.threads)),
         *(["--autocast"] if options.trl_autocast else []),
     ]
-    _run(command, threads=options.threads)
+    _run(command, threads=options.threads, as_it_comes=options.trl_as_it_comes)
     return json.loads(output.read_text(encoding="utf-8"))["seconds"]
 
 
@@ -116,10 +116,11 @@ def _rate(seconds: list[float]) -> float:
     return NUM_SAMPLES / statistics.median(seconds)
 
 
-def _run(command: list[str], *, threads: int) -> None:
-    from quickstart import ENVIRONMENT  # the same for both
+def _run(command: list[str], *, threads: int, as_it_comes: bool = False) -> None:
+    from quickstart import ENVIRONMENT
 
-    environment = {**ENVIRONMENT, **os.environ, "OMP_NUM_THREADS": str(threads)}
+    ours = {} if as_it_comes else ENVIRONMENT
+    environment = {**ours, **os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(
         command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )
@@ -135,6 +136,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8, help="rollout batches of one run")
     parser.add_argument("--warmup", type=int, default=2, help="first batches of a run that are not counted")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each")
+    parser.add_argument(
+        "--trl-as-it-comes", action="store_true", help="TRL: without the environment variables the quickstart sets"
+    )
     parser.add_argument("--trl-autocast", action="store_true", help="TRL: fp32 weights under bf16 autocast")
     options, options.extra = parser.parse_known_args()
     if options.steps <= options.warmup:
