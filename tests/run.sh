@@ -28,12 +28,12 @@ run() {
     local status=0
     wait "$CHILD" || status=$?
     CHILD=
-    local left
-    left=$(survivors)
-    if [[ -n $left ]]; then
-        sleep 2 # a process that is on its way out may finish
+    local left tick
+    for tick in {1..30}; do
         left=$(survivors)
-    fi
+        [[ -n $left ]] || break
+        sleep 0.5 # some are on their way out: torch_shm_manager waits 2 s for new clients when its last one is gone
+    done
     if [[ -n $left ]]; then
         printf 'left running by %s:\n' "$*" >&2
         # shellcheck disable=SC2086
