@@ -1,8 +1,8 @@
 """How context parallelism cuts packed sequences: 2 cp equal pieces each, rank r holds pieces r and 2 cp - 1 - r.
 
 Causal attention makes late pieces dearer than early ones; the pairing gives every rank the same work. This is the
-layout of Megatron and Transformer Engine for packed ("thd") batches: locally, per sequence, the early piece and then the
-late one. `cu_seqlens` are global padded offsets: int32 [num_seqs + 1], first 0, last T_local * cp.
+layout of Megatron and Transformer Engine for packed ("thd") batches: locally, per sequence, the early piece and then
+the late one. `cu_seqlens` are global padded offsets: int32 [num_seqs + 1], first 0, last T_local * cp.
 """
 
 from __future__ import annotations
