@@ -1,6 +1,7 @@
 """Future-KL and the influence weights made of it (FIPO, arXiv 2603.19835). Derivations: README.md beside this file.
 
-Tensors are [B, L], one sequence per row, or packed [T] with `cu_seqlens`. Nothing here has a gradient.
+Tensors are [B, L], one sequence per row, or packed [T] with `cu_seqlens`; over a context-parallel group of cp ranks
+they are the rank's share [T_local] of the zigzag cut, with global offsets. Nothing here has a gradient.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.config import Semantics
+from megatron_fipo.ops.future_kl_sharded import piece_carries, piece_offsets
+from megatron_fipo.ops.zigzag import require_cuttable
 
 SHIFT_BOUND = 20.0  # log-prob shifts are clamped to +-20 before anything else
 BLOCK_LEN = 64  # tokens per block of the tensor scan
@@ -36,25 +39,22 @@ def future_kl(
     mask: same shape, bool or any dtype holding only 0 and 1; holes and a masked prefix are fine, F is defined there
         too (it decays through them).
     half_life: tokens, > 0.
-    group: context-parallel process group; only None or size 1.
+    group: context-parallel process group. Of cp > 1 ranks it wants packed [T_local], this rank's pieces, and
+        cu_seqlens as global padded offsets: last T_local * cp, every sequence a multiple of 2 cp tokens (zigzag.py).
+        The ranks exchange one float64 per sequence and piece, and each scans its pieces twice.
     Returns F, same shape, detached; float64 for float64 shifts, else fp32. O(L) time and memory. CPU tensors are
-    scanned in order by a compiled loop, others block by block on their device; both accumulate in float64, so F is
-    the exact value rounded once. A NaN shift under the mask makes F NaN from there to the start of its sequence.
-    Raises ValueError on shapes, dtypes, cu_seqlens or a half-life that do not fit, and on a group of several ranks.
+    scanned in order by a compiled loop, CUDA tensors tile by tile by a Triton kernel, others block by block with
+    tensor operations; all accumulate in float64, so F is the exact value rounded once. A NaN shift under the mask
+    makes F NaN from there to the start of its sequence.
+    Raises ValueError on shapes, dtypes, cu_seqlens or a half-life that do not fit; RuntimeError on CUDA without triton.
     """
-    require_single_rank(group)
-    offsets = sequence_offsets(delta_logprobs, cu_seqlens)
+    offsets = sequence_offsets(delta_logprobs, cu_seqlens, _num_ranks(group))
     gamma = decay_factor(half_life)
-    shape, out_dtype = delta_logprobs.shape, compute_dtype(delta_logprobs)
     flags = as_bool_mask(mask, delta_logprobs).reshape(-1)
-    values = delta_logprobs.detach().reshape(-1).to(out_dtype)
-    if values.device.type == "cpu":
-        out = torch.empty_like(values, memory_format=torch.contiguous_format)
-        scan = _compiled_scan()
-        scan(values.contiguous().numpy(), flags.contiguous().numpy(), offsets.numpy(), gamma, out.numpy())
-        return out.view(shape)
-    # float64 costs nothing beside the model and leaves one rounding, as in the compiled loop
-    return scan_blocks(torch.where(flags, values, 0).double(), offsets, gamma).to(out_dtype).view(shape)
+    values = delta_logprobs.detach().reshape(-1).to(compute_dtype(delta_logprobs))
+    scan = functools.partial(_segment_scan(values.device), values, flags)
+    future, _ = scan_shared(scan, offsets, gamma, group)
+    return future.view(delta_logprobs.shape)
 
 
 def future_kl_reference(
@@ -95,12 +95,27 @@ def influence_weights(
         F = future_kl(k);  f = clamp(exp(F), influence_low, influence_high), clamped in log space: exp(F) may overflow
         where A < 0 and exp(d) > safety_threshold:  paper: f = 1;  released: f = clamp(f, 0.8, 1.0)
 
-    delta_logprobs, advantages, mask: [B, L], or packed [T] with cu_seqlens, as in `future_kl`; entries outside the
-    mask are never read. Returns (f, F), same shape, detached; float64 for float64 shifts, else fp32. Outside the mask
-    f is clamp(exp(F)) without the safety rule. Raises ValueError as `future_kl` does.
+    delta_logprobs, advantages, mask: [B, L], or packed [T] with cu_seqlens, over a group [T_local], as in `future_kl`;
+    entries outside the mask are never read. Returns (f, F), same shape, detached; float64 for float64 shifts, else
+    fp32. Outside the mask f is clamp(exp(F)) without the safety rule. CUDA tensors take one fused Triton kernel.
+    Raises as `future_kl` does.
     """
     flags = as_bool_mask(mask, delta_logprobs)
     dtype = compute_dtype(delta_logprobs)
+    if delta_logprobs.device.type == "cuda":
+        kernels = _triton_kernels()
+        fused = functools.partial(
+            kernels.scan_influence,
+            delta_logprobs.detach().reshape(-1).to(dtype),
+            flags.reshape(-1),
+            advantages.detach().reshape(-1),
+            kernels.InfluenceBounds(
+                math.log(dual_clip), influence_low, influence_high, safety_threshold, semantics == "released"
+            ),
+        )
+        offsets = sequence_offsets(delta_logprobs, cu_seqlens, _num_ranks(group))
+        (weights, history), _ = scan_shared(fused, offsets, decay_factor(half_life), group)
+        return weights.view(delta_logprobs.shape), history.view(delta_logprobs.shape)
     shift = torch.where(flags, delta_logprobs.detach().to(dtype), 0).clamp(-SHIFT_BOUND, SHIFT_BOUND)
     # "not above" rather than "<=": a NaN shift stays in the sum, where it can be seen
     participates = flags & ~(shift > math.log(dual_clip))
@@ -138,18 +153,24 @@ def as_bool_mask(mask: Tensor, like: Tensor) -> Tensor:
     return flags
 
 
-def sequence_offsets(tensor: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def sequence_offsets(tensor: Tensor, cu_seqlens: Tensor | None, cp_size: int = 1) -> Tensor:
     """Where each sequence starts in the flattened `tensor`, and its end: int64 [num_seqs + 1] on its device.
 
     [B, L] without cu_seqlens: the rows. [T] with cu_seqlens int32 [num_seqs + 1]: first 0, last T, never falling
-    (empty sequences are allowed). Anything else raises ValueError.
+    (empty sequences are allowed). Over cp_size > 1 context-parallel ranks `tensor` is one rank's [T_local], cu_seqlens
+    are global padded offsets (last T_local * cp_size, sequences of multiples of 2 * cp_size tokens) and the offsets
+    returned are local: an even number of tokens per sequence. Anything else raises ValueError.
     """
-    if tensor.dim() == 2 and cu_seqlens is None:
-        num_rows, row_len = tensor.shape
-        return torch.arange(num_rows + 1, device=tensor.device) * row_len
     shape = tuple(tensor.shape)
+    if tensor.dim() == 2 and cu_seqlens is None and cp_size == 1:
+        num_rows, row_len = shape
+        return torch.arange(num_rows + 1, device=tensor.device) * row_len
     if tensor.dim() != 1:
-        wanted = "[T] when cu_seqlens is given" if tensor.dim() == 2 else "[B, L], or [T] with cu_seqlens"
+        wanted = "[B, L], or [T] with cu_seqlens"
+        if cp_size > 1:
+            wanted = f"packed [T_local] with cu_seqlens over {cp_size} context-parallel ranks"
+        elif tensor.dim() == 2:
+            wanted = "[T] when cu_seqlens is given"
         raise ValueError(f"log-probs have shape {shape}, but must be {wanted}")
     if cu_seqlens is None:
         raise ValueError(f"cu_seqlens is missing: packed log-probs of shape {shape} need it")
@@ -157,13 +178,16 @@ def sequence_offsets(tensor: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         found = f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
         raise ValueError(f"cu_seqlens is {found}, but must be int32 [num_seqs + 1]")
     offsets = cu_seqlens.cpu().long()
-    if int(offsets[0]) != 0 or int(offsets[-1]) != shape[0]:
+    num_tokens = shape[0] * cp_size
+    if int(offsets[0]) != 0 or int(offsets[-1]) != num_tokens:
+        total = f"T = {num_tokens}" if cp_size == 1 else f"T_local * cp = {shape[0]} * {cp_size} = {num_tokens}"
         raise ValueError(
-            f"cu_seqlens runs from {int(offsets[0])} to {int(offsets[-1])}, but must run from 0 to T = {shape[0]}"
+            f"cu_seqlens runs from {int(offsets[0])} to {int(offsets[-1])}, but must run from 0 to {total}"
         )
     if bool((offsets.diff() < 0).any()):
         raise ValueError(f"cu_seqlens is {offsets.tolist()}, but must never fall")
-    return offsets.to(tensor.device)
+    require_cuttable(offsets, cp_size)
+    return (offsets // cp_size).to(tensor.device)
 
 
 def require_single_rank(group: Any | None) -> None:
@@ -175,15 +199,37 @@ def require_single_rank(group: Any | None) -> None:
         )
 
 
-def scan_blocks(values: Tensor, offsets: Tensor, gamma: float) -> Tensor:
+def scan_shared(
+    scan: Callable[..., tuple[Any, Tensor]], offsets: Tensor, gamma: float, group: Any | None
+) -> tuple[Any, Tensor]:
+    """Run a scan of segments, `scan(offsets, gamma, carries) -> (result, totals)`, over what the ranks of `group` hold.
+
+    offsets: local, of `sequence_offsets`. carries [num_segments] float64 or None: F at the token after each segment;
+    totals [num_segments] float64: F at each segment's first token, given the carries. One rank or no group: the
+    segments are the sequences. Else they are the pieces, scanned once for their totals and once more from the carries
+    that the ranks of the context-parallel axis work out of these (one all-gather of a float64 per sequence and piece).
+    """
+    if _num_ranks(group) == 1:
+        return scan(offsets, gamma, None)
+    pieces = piece_offsets(offsets)
+    _, totals = scan(pieces, gamma, None)
+    assert group is not None
+    carries = piece_carries(totals, pieces.diff()[::2], gamma, group)
+    return scan(pieces, gamma, carries)
+
+
+def scan_blocks(values: Tensor, offsets: Tensor, gamma: float, carries: Tensor | None = None) -> Tensor:
     """x_t = values_t + gamma x_{t+1} over [T] floating, anew in every sequence of offsets [num_seqs + 1] int64.
 
-    Tensor operations only, so it runs on any device: about 6 T operations in 20 launches at T = 32k. A NaN stays in
-    its own sequence. Keeps the dtype of values.
+    carries [num_seqs]: x at the token after each sequence, None: 0. Tensor operations only, so it runs on any device:
+    about 6 T operations in 20 launches at T = 32k. A NaN stays in its own sequence. Keeps the dtype of values.
     """
     decays = torch.full_like(values, gamma)
-    ends = offsets[1:][offsets.diff() > 0] - 1
+    is_filled = offsets.diff() > 0
+    ends = offsets[1:][is_filled] - 1
     decays[ends] = 0.0
+    if carries is not None:
+        values = values.index_add(0, ends, gamma * carries[is_filled].to(values))
     return _scan_affine(values, decays)
 
 
@@ -212,21 +258,98 @@ def _scan_affine(values: Tensor, decays: Tensor) -> Tensor:
     return x.reshape(-1)[:num_tokens]
 
 
+def _num_ranks(group: Any | None) -> int:
+    return 1 if group is None else group.size()
+
+
+def _segment_scan(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The scan for tensors of `device`: (values [T], mask [T] bool, offsets, gamma, carries) -> (F, totals).
+
+    F has the dtype of values, fp32 or float64; the rest as in `scan_shared`.
+    """
+    if device.type == "cpu":
+        return _scan_in_order
+    if device.type == "cuda":
+        scan: Callable[..., tuple[Tensor, Tensor]] = _triton_kernels().scan_future_kl
+        return scan
+    return _scan_in_blocks
+
+
+def _scan_in_blocks(
+    values: Tensor, mask: Tensor, offsets: Tensor, gamma: float, carries: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    # float64 costs nothing beside the model and leaves one rounding, as in the compiled loop
+    future = scan_blocks(torch.where(mask, values, 0).double(), offsets, gamma, carries)
+    totals = torch.zeros(offsets.numel() - 1, dtype=torch.float64, device=values.device)
+    is_filled = offsets.diff() > 0
+    totals[is_filled] = future[offsets[:-1][is_filled]]
+    return future.to(values.dtype), totals
+
+
+def _scan_in_order(
+    values: Tensor, mask: Tensor, offsets: Tensor, gamma: float, carries: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(values, memory_format=torch.contiguous_format)
+    totals = torch.zeros(offsets.numel() - 1, dtype=torch.float64)
+    given = torch.zeros_like(totals) if carries is None else carries
+    tensors = (values.contiguous(), mask.contiguous(), offsets, given.contiguous(), out, totals)
+    _compiled_loop()(*(tensor.numpy() for tensor in tensors), gamma)
+    return out, totals
+
+
+def _triton_kernels() -> Any:
+    """The module of the Triton kernels. Raises RuntimeError when triton is not installed."""
+    try:
+        from megatron_fipo.ops import future_kl_triton
+    except ModuleNotFoundError as error:
+        raise RuntimeError(
+            "Future-KL of CUDA tensors needs triton, but it is not installed: pip install triton"
+        ) from error
+    return future_kl_triton
+
+
 @functools.cache
-def _compiled_scan() -> Callable[..., None]:
-    """The loop below as machine code, compiled once per process and dtype on first use (numba, about half a second)."""
+def _compiled_loop() -> Callable[..., None]:
+    """The loop below as machine code, compiled once per process and dtype on first use (numba, about a second)."""
     from numba import njit
 
-    compiled: Callable[..., None] = njit(nogil=True)(_scan_in_order)
+    # a multiply-add may be one instruction: one rounding less; nothing else is reordered
+    compiled: Callable[..., None] = njit(nogil=True, fastmath={"contract"})(_loop)
     return compiled
 
 
-def _scan_in_order(values: Any, mask: Any, offsets: Any, gamma: float, out: Any) -> None:
-    """values, out [T] fp32 or float64, mask [T] bool, offsets [num_seqs + 1] int64, numpy; the carry is float64."""
+def _loop(values: Any, mask: Any, offsets: Any, carries: Any, out: Any, totals: Any, gamma: float) -> None:
+    """values, out [T] fp32 or float64, mask [T] bool, offsets [num_segments + 1] int64, carries, totals float64; numpy.
+
+    Four tokens at a time, counted from a segment's end, so that only one multiply-add in four waits for the last.
+    """
+    gamma2, gamma3, gamma4 = gamma**2, gamma**3, gamma**4
     for i in range(offsets.shape[0] - 1):
-        carry = 0.0
-        for t in range(offsets[i + 1] - 1, offsets[i] - 1, -1):
-            carry = gamma * carry
+        start, t, carry = offsets[i], offsets[i + 1], carries[i]
+        for _ in range((t - start) // 4):
+            t -= 4
+            # read first, then discarded: the compiler turns a condition around the read into a branch per token
+            x0, x1, x2, x3 = 1.0 * values[t], 1.0 * values[t + 1], 1.0 * values[t + 2], 1.0 * values[t + 3]
+            if not mask[t]:
+                x0 = 0.0
+            if not mask[t + 1]:
+                x1 = 0.0
+            if not mask[t + 2]:
+                x2 = 0.0
+            if not mask[t + 3]:
+                x3 = 0.0
+            x2 += gamma * x3
+            x1 += gamma * x2
+            x0 += gamma * x1
+            out[t + 3] = x3 + gamma * carry
+            out[t + 2] = x2 + gamma2 * carry
+            out[t + 1] = x1 + gamma3 * carry
+            carry = x0 + gamma4 * carry
+            out[t] = carry
+        while t > start:
+            t -= 1
+            carry *= gamma
             if mask[t]:
                 carry += values[t]
             out[t] = carry
+        totals[i] = carry

@@ -43,3 +43,10 @@ def carries_between_pieces(totals: Tensor, piece_lens: Tensor, gamma: float) -> 
     for piece in reversed(range(totals.shape[0] - 1)):
         carries[piece] = totals[piece + 1] + decay * carries[piece + 1]
     return carries
+
+
+def piece_offsets(offsets: Tensor) -> Tensor:
+    """Offsets of a rank's pieces, int64 [2 * num_seqs + 1], from those of its sequences, all of even length."""
+    starts = offsets[:-1]
+    halves = torch.stack([starts, starts + offsets.diff() // 2], dim=1).view(-1)
+    return torch.cat([halves, offsets[-1:]])

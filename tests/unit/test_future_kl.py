@@ -158,12 +158,33 @@ def test_decay_does_not_pile_up_rounding_over_a_long_response() -> None:
             assert_scan_equal(scan(delta, mask, half_life), exact, torch.float32)
 
 
-def test_group_of_one_rank_is_accepted_and_more_are_refused() -> None:
+def test_a_group_of_one_rank_is_no_group() -> None:
     delta, mask = random_shifts(2, 8)
     alone: Any = SimpleNamespace(size=lambda: 1)
     assert torch.equal(future_kl(delta, mask, 32.0, group=alone), future_kl(delta, mask, 32.0))
-    with pytest.raises(ValueError, match="context parallelism is not built yet"):
-        future_kl(delta, mask, 32.0, group=SimpleNamespace(size=lambda: 2))
+
+
+@pytest.mark.parametrize(
+    ("shape", "cu_seqlens", "message"),
+    [
+        ((2, 4), None, r"shape \(2, 4\), but must be packed \[T_local\] with cu_seqlens over 2 context-parallel ranks"),
+        ((8,), None, "cu_seqlens is missing"),
+        ((8,), [0, 8], "from 0 to 8, but must run from 0 to T_local \\* cp = 8 \\* 2 = 16"),
+        ((8,), [4, 16], "from 4 to 16"),
+        ((8,), [0, 20, 16], "never fall"),
+        ((8,), [0, 6, 16], r"sequences of \[6, 10\] tokens, but over 2 context-parallel ranks.*multiple of 4"),
+    ],
+)
+def test_what_cannot_be_a_rank_s_share_is_refused(
+    shape: tuple[int, ...], cu_seqlens: list[int] | None, message: str
+) -> None:
+    group: Any = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
+    offsets = None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=torch.int32)
+    delta, mask = torch.zeros(shape), torch.ones(shape, dtype=torch.bool)
+    with pytest.raises(ValueError, match=message):
+        future_kl(delta, mask, 32.0, cu_seqlens=offsets, group=group)
+    with pytest.raises(ValueError, match=message):
+        influence_weights(delta, delta, mask, **PRESET, cu_seqlens=offsets, group=group)
 
 
 @pytest.mark.parametrize(
