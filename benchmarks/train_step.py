@@ -128,9 +128,9 @@ class OursFactory:
         old_logprobs, _ = actor.old_logprobs([sequences])
 
         def gradients() -> None:
-            actor.model.zero_grad_buffer()
+            actor.chunks[0].zero_grad_buffer()
             pipeline.accumulate_gradients(
-                actor.model,
+                actor.chunks,
                 actor._packed(sequences, old_logprobs),
                 algorithm="fipo",
                 settings=settings,

@@ -117,8 +117,7 @@ def check_checkpoint(settings: Settings, layout: ParallelLayout) -> tuple[Archit
     differences = contradictions({**settings.megatron.transformer, **settings.megatron.model}, derived)
     if differences:
         raise ValueError("; ".join(differences))
-    require(layout.cp == 1, "--context-parallel-size", layout.cp, "1: context parallelism is not built yet")
-    check_layout(arch, layout.tp, layout.pp)
+    check_layout(arch, layout)
     require(
         arch.num_attention_heads % settings.engine.tp_size == 0,
         "--rollout-num-gpus-per-engine",

@@ -133,10 +133,14 @@ class TrainSequence:
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
     """A micro-batch: sequences laid end to end without padding, except one dummy sequence of mask 0 at the end when the
-    layout wants the rows to be a multiple of something (sequence parallelism).
+    layout wants the rows to be a multiple of something (sequence parallelism), or nothing else is in it.
 
     T counts the tokens of all sequences; S <= T counts the rows the model computes: a prompt that several sequences of
     the batch begin with is computed once. `rows` and `positions_of_rows` lead from one to the other.
+
+    Under context parallelism every sequence is padded at its end to a multiple of 2 cp tokens, `cu_seqlens` are the
+    offsets of the whole padded pack, and every other tensor is this rank's share of it (ops/zigzag.py): T and S count
+    local tokens.
     """
 
     token_ids: Tensor  # [S] int64
@@ -144,7 +148,7 @@ class PackedBatch:
     rows: Tensor  # [T] int64, the row of each token
     positions_of_rows: Tensor  # [S] int64, one of the tokens (an index into T) whose row it is
     labels: Tensor  # [T] int64, the next token; 0 at a sequence's last position
-    cu_seqlens: Tensor  # [num_seqs + 1] int32, first 0, last T
+    cu_seqlens: Tensor  # [num_seqs + 1] int32, first 0, last T * cp
     loss_mask: Tensor  # [T] bool
     advantages: Tensor  # [T] fp32
     rollout_logprobs: Tensor  # [T] fp32

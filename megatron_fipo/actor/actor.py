@@ -21,7 +21,8 @@ from megatron_fipo.actor.setup import Groups
 from megatron_fipo.actor.weights import WeightTable, export_weights, load_hf_weights, weight_table
 from megatron_fipo.config import PPOSettings
 from megatron_fipo.losses import collect_token_stats, update_metrics
-from megatron_fipo.ops.packing import micro_batches, pack, shared_micro_batches
+from megatron_fipo.ops.packing import micro_batches, pack, padded_length, shared_micro_batches
+from megatron_fipo.ops.zigzag import zigzag_indices
 from megatron_fipo.parallel import ParallelLayout
 from megatron_fipo.types import PackedBatch, TrainSequence
 from megatron_fipo.weights.architecture import Architecture, check_layout, padded_vocab_size
@@ -35,11 +36,12 @@ class Actor:
     arch: Architecture
     layout: ParallelLayout
     groups: Groups
-    model: DistributedDataParallel
+    chunks: list[DistributedDataParallel]  # of this pipeline rank; several when stages are interleaved
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     table: WeightTable
-    max_tokens_per_micro_batch: int
+    device: torch.device
+    max_tokens_per_micro_batch: int  # on each context-parallel rank
     max_response_len: int
     share_prompts: bool  # compute a prompt that samples of a micro-batch share once
 
@@ -48,6 +50,7 @@ class Actor:
 
         Kernels, precision, code path and packing are those of the update: no micro-batch crosses a mini-batch. On the
         last pipeline stage: per sequence, in order, [L] fp32, 0 where the loss mask is False; else two empty lists.
+        Context-parallel ranks exchange their shares, so that each has whole sequences.
         """
         batches: list[PackedBatch] = []
         first_of: list[int] = []  # per micro-batch: how many sequences the mini-batches before its own hold
@@ -57,13 +60,16 @@ class Actor:
             batches += packed
             first_of += [num_before] * len(packed)
             num_before += len(mini_batch)
-        outputs = pipeline.forward_logprobs(self.model, batches)
+        sequences = [sequence for mini_batch in mini_batches for sequence in mini_batch]
+        outputs = pipeline.forward_logprobs(self.chunks, batches)
         logprobs: dict[int, Tensor] = {}
         entropies: dict[int, Tensor] = {}
         for batch, first, output in zip(batches, first_of, outputs):
-            bounds = batch.cu_seqlens.tolist()
-            for member, start, end in zip(batch.members, bounds, bounds[1:]):
-                logprobs[first + member], entropies[first + member] = output[:, start:end].clone()
+            whole = self._whole(output, batch.cu_seqlens)
+            for member, start in zip(batch.members, batch.cu_seqlens.tolist()):
+                index = first + member
+                end = start + len(sequences[index].token_ids)
+                logprobs[index], entropies[index] = whole[:, start:end].clone()
         order = sorted(logprobs)
         return [logprobs[i] for i in order], [entropies[i] for i in order]
 
@@ -83,13 +89,14 @@ class Actor:
         learning_rate = self.optimizer.param_groups[0]["lr"]
         batches = self._packed(sequences, old_logprobs if self.layout.is_last_stage else None)
         outcome = pipeline.update(
-            self.model,
+            self.chunks,
             self.optimizer,
             batches,
             algorithm=algorithm,
             settings=settings,
             control=self.groups.control,
             max_response_len=self.max_response_len,
+            cp_group=self.groups.cp,
         )
         self.scheduler.step(increment=1)
         metrics = self._mini_batch_metrics(outcome, settings)
@@ -99,25 +106,59 @@ class Actor:
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The current weights as (Hugging Face name, tensor), on rank 0; every rank must exhaust the iterator."""
-        return export_weights(self.model, self.arch, self.layout, self.groups, self.table)
+        return export_weights(self.chunks, self.arch, self.layout, self.groups, self.table)
 
     def _packed(self, sequences: Sequence[TrainSequence], old_logprobs: Sequence[Tensor] | None) -> list[PackedBatch]:
-        device = next(self.model.parameters()).device
-        if self.share_prompts:
-            batches = shared_micro_batches(sequences, self.max_tokens_per_micro_batch)
-        else:
-            batches = micro_batches([len(s.token_ids) for s in sequences], self.max_tokens_per_micro_batch)
+        layout = self.layout
         return [
             pack(
                 sequences,
                 members,
                 old_logprobs=old_logprobs,
                 share_prompts=self.share_prompts,
-                multiple_of=self.layout.tp if self.layout.sequence_parallel else 1,
-                device=device,
+                multiple_of=layout.tp if layout.sequence_parallel else 1,
+                cp_size=layout.cp,
+                cp_rank=layout.cp_rank,
+                device=self.device,
             )
-            for members in batches
+            for members in self._micro_batches(sequences)
         ]
+
+    def _micro_batches(self, sequences: Sequence[TrainSequence]) -> list[list[int]]:
+        """As few as the token budget allows, and as many as the schedule and the other ranks ask for.
+
+        Interleaved stages take micro-batches in rounds of pp. Expert-parallel ranks exchange tokens in every layer, so
+        all ranks run the same number (collective over all ranks then).
+        """
+        layout = self.layout
+        max_tokens = padded_length(self.max_tokens_per_micro_batch * layout.cp, layout.cp)
+        lengths = [padded_length(len(sequence.token_ids), layout.cp) for sequence in sequences]
+        unit = layout.pp if layout.vpp > 1 else 1
+        at_least = unit
+        while True:
+            if self.share_prompts:
+                batches = shared_micro_batches(sequences, max_tokens, at_least=at_least)
+            else:
+                batches = micro_batches(lengths, max_tokens, at_least=at_least)
+            wanted = -(-len(batches) // unit) * unit
+            if layout.ep > 1:
+                most = torch.tensor(wanted)
+                dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.groups.control)
+                wanted = int(most)
+            if wanted == at_least or (len(batches) == wanted and layout.ep == 1):
+                return batches
+            at_least = wanted
+
+    def _whole(self, output: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """The context-parallel shares [2, T] of a micro-batch put together in sequence order: [2, T * cp]."""
+        if self.layout.cp == 1:
+            return output
+        shares = [torch.empty_like(output) for _ in range(self.layout.cp)]
+        dist.all_gather(shares, output.contiguous(), group=self.groups.cp)
+        whole = output.new_empty(2, output.size(1) * self.layout.cp)
+        for rank, share in enumerate(shares):
+            whole[:, zigzag_indices(cu_seqlens, self.layout.cp, rank)] = share
+        return whole
 
     def _mini_batch_metrics(self, outcome: pipeline.UpdateOutcome, settings: PPOSettings) -> dict[str, float] | None:
         """Gather the per-token statistics of the whole mini-batch to rank 0: quantiles do not average."""
@@ -156,10 +197,10 @@ def build_actor(
     `transformer`, `ddp` and `optimizer` are the user's megatron-core fields. Raises ValueError for a layout that does
     not divide the architecture. Collective over all ranks.
     """
-    check_layout(arch, layout.tp, layout.pp)
+    check_layout(arch, layout)
     padded_vocab = padded_vocab_size(arch.vocab_size, layout.tp, vocab_divisible_by)
     config = transformer_config(arch, layout, params_dtype=params_dtype, device=device, overrides=transformer)
-    model = build_policy(
+    chunks = build_policy(
         arch,
         config,
         layout,
@@ -168,19 +209,21 @@ def build_actor(
         ddp=ddp,
         device=device,
     )
-    load_hf_weights(model, arch, weights, layout, padded_vocab=padded_vocab)
+    load_hf_weights(chunks, arch, weights, layout, padded_vocab=padded_vocab)
     config.finalize_model_grads_func = finalize_model_grads
-    config.no_sync_func = model.no_sync
-    built = build_optimizer(model, params_dtype=params_dtype, overrides=optimizer)
+    config.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
+    built = build_optimizer(chunks, params_dtype=params_dtype, overrides=optimizer)
     return Actor(
         arch=arch,
         layout=layout,
         groups=groups,
-        model=model,
+        chunks=chunks,
         optimizer=built,
         scheduler=build_scheduler(built, lr_warmup_iters=lr_warmup_iters),
-        table=weight_table(model, arch, layout, groups),
+        table=weight_table(chunks, arch, layout, groups),
+        device=device,
         max_tokens_per_micro_batch=max_tokens_per_micro_batch,
         max_response_len=max_response_len,
-        share_prompts=transformer_impl == "local",  # Transformer Engine's kernels know sequences, not shared prompts
+        # Transformer Engine's kernels know sequences, not shared prompts, and a cut sequence has no prompt to share
+        share_prompts=transformer_impl == "local" and layout.cp == 1,
     )

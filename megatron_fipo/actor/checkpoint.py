@@ -80,7 +80,8 @@ def load_checkpoint(actor: Actor, directory: Path) -> bool:
         loaded = dist_checkpointing.load(_sharded_state(actor, is_loading=True), str(directory))
     except (CheckpointException, CheckpointingException, RuntimeError, KeyError, ValueError) as error:
         raise CheckpointError(f"{directory} does not fit this model: {error}") from error
-    unwrapped(actor.model).load_state_dict(loaded["model"])
+    for index, chunk in enumerate(actor.chunks):
+        unwrapped(chunk).load_state_dict(loaded["model"][f"chunk_{index}"])
     actor.optimizer.load_state_dict(loaded["optimizer"])
     actor.scheduler.num_steps = 0  # it adds what it loads
     actor.scheduler.load_state_dict(loaded["scheduler"])
@@ -129,7 +130,7 @@ def _format(actor: Actor) -> dict[str, Any]:
 
 
 def _is_on_cpu(actor: Actor) -> bool:
-    return next(actor.model.parameters()).device.type == "cpu"
+    return actor.device.type == "cpu"
 
 
 def _sharded_state(actor: Actor, *, is_loading: bool) -> dict[str, Any]:
@@ -137,7 +138,8 @@ def _sharded_state(actor: Actor, *, is_loading: bool) -> dict[str, Any]:
         part.get_parameter_state_dp_zero = functools.partial(_state_with_gaps, part)
         if _is_on_cpu(actor):
             part.data_parallel_group_gloo = part.data_parallel_group  # which is gloo already
-    model = unwrapped(actor.model).sharded_state_dict()
+    # under global layer numbers inside, so that any number of chunks can load what any other saved
+    model = {f"chunk_{index}": unwrapped(chunk).sharded_state_dict() for index, chunk in enumerate(actor.chunks)}
     return {
         "model": model,
         "optimizer": actor.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_format(actor)),
@@ -179,7 +181,7 @@ def _model_of(actor: Actor) -> dict[str, Any]:
     """What a checkpoint must share with the actor that loads it."""
     architecture = asdict(actor.arch)
     architecture.pop("dtype")  # how the Hugging Face files hold the weights: nothing the checkpoint depends on
-    return {**architecture, "use_distributed_optimizer": actor.model.ddp_config.use_distributed_optimizer}
+    return {**architecture, "use_distributed_optimizer": actor.chunks[0].ddp_config.use_distributed_optimizer}
 
 
 def _require_same_model(actor: Actor, directory: Path, saved: Mapping[str, Any]) -> None:
@@ -210,10 +212,10 @@ def _layout_of(actor: Actor) -> dict[str, Any]:
     """What must be the same for the run to go on bit for bit."""
     layout = actor.layout
     return {
-        **{"tp": layout.tp, "pp": layout.pp, "cp": layout.cp, "dp": layout.dp},
+        **{name: getattr(layout, name) for name in ("tp", "pp", "cp", "dp", "vpp", "ep", "etp")},
         "sequence_parallel": layout.sequence_parallel,
-        "params_dtype": str(next(actor.model.parameters()).dtype),
-        "device": next(actor.model.parameters()).device.type,
+        "params_dtype": str(next(actor.chunks[0].parameters()).dtype),
+        "device": actor.device.type,
     }
 
 

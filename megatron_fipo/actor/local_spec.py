@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -23,6 +24,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
+
+from megatron_fipo.ops.zigzag import zigzag_indices
 
 
 class RMSNorm(nn.Module):
@@ -59,6 +62,9 @@ class PackedAttention(nn.Module):
     Sequences are padded at the end to a multiple of LENGTH_STEP, which the causal mask hides from their tokens, and
     those of one padded length share one SDPA call. It depends on the sequence alone, so no result depends on what else
     is in the pack.
+
+    Under context parallelism keys and values are gathered over the ranks, and each sequence's local queries, two
+    pieces of it, attend to that sequence's whole keys in one SDPA call.
     """
 
     def __init__(
@@ -69,12 +75,14 @@ class PackedAttention(nn.Module):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
+        pg_collection: Any = None,
         **_: Any,
     ) -> None:
         super().__init__()
         assert attn_mask_type == AttnMaskType.causal, attn_mask_type
         assert attention_type == "self", attention_type
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+        self.cp_group: dist.ProcessGroup = pg_collection.cp
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
     def forward(
@@ -90,6 +98,8 @@ class PackedAttention(nn.Module):
         """query [S, 1, heads, d], key and value [S, 1, groups, d] -> [S, 1, heads * d]."""
         assert packed_seq_params is not None, "the actor always packs"
         query, key, value = query[:, 0], key[:, 0], value[:, 0]
+        if self.cp_group.size() > 1:
+            return self._across_ranks(query, key, value, packed_seq_params.cu_seqlens_q).flatten(1)[:, None]
         cu_seqlens = packed_seq_params.cu_seqlens_q.tolist()
         same_length: dict[int, list[tuple[int, int]]] = {}
         for start, end in itertools.pairwise(cu_seqlens):
@@ -105,17 +115,59 @@ class PackedAttention(nn.Module):
         out = torch.cat([outputs[start] for start in cu_seqlens[:-1]])  # [T, heads, d]
         return out.index_select(0, packed_seq_params.positions_of_rows).flatten(1)[:, None]
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """query [n, L, heads, d], key and value [n, L, groups, d] -> [n, L, heads, d]."""
+    def _across_ranks(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """query [S, heads, d], key and value [S, groups, d], this rank's share of the pack -> [S, heads, d]."""
+        cp_size, cp_rank = self.cp_group.size(), self.cp_group.rank()
+        shares = [zigzag_indices(cu_seqlens, cp_size, rank) for rank in range(cp_size)]
+        in_order = torch.cat(shares).argsort()  # where the gathered shares hold each token of the pack
+        keys, values = _GatherShares.apply(torch.stack([key, value], dim=1), self.cp_group)[in_order].unbind(1)
+        outputs = []
+        bounds, local_bounds = cu_seqlens.tolist(), (cu_seqlens // cp_size).tolist()
+        for i, (start, end) in enumerate(itertools.pairwise(bounds)):
+            mine = slice(local_bounds[i], local_bounds[i + 1])
+            is_visible = shares[cp_rank][mine, None] >= torch.arange(start, end, device=query.device)
+            whole = slice(start, end)
+            outputs.append(self._attend(query[None, mine], keys[None, whole], values[None, whole], is_visible)[0])
+        return torch.cat(outputs)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, is_visible: Tensor | None = None) -> Tensor:
+        """query [n, Q, heads, d], key and value [n, L, groups, d] -> [n, Q, heads, d].
+
+        What each query sees is `is_visible` [Q, L]; without it, what lies at or before its own place.
+        """
         dtype = query.dtype
-        if query.device.type == "cpu" and query.size(1) <= LONGEST_IN_FP32:
+        if query.device.type == "cpu" and key.size(1) <= LONGEST_IN_FP32:
             query, key, value = query.float(), key.float(), value.float()
         dropout = self.dropout if self.training else 0.0
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         out = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=self.scale, dropout_p=dropout, enable_gqa=True
+            query,
+            key,
+            value,
+            attn_mask=is_visible,
+            is_causal=is_visible is None,
+            scale=self.scale,
+            dropout_p=dropout,
+            enable_gqa=True,
         )
         return out.transpose(1, 2).to(dtype)
+
+
+class _GatherShares(torch.autograd.Function):
+    """[S, ...] of every context-parallel rank, one after the other: [cp * S, ...]; backward sums over the ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        shares = [torch.empty_like(x) for _ in range(group.size())]
+        dist.all_gather(shares, x.contiguous(), group=group)
+        return torch.cat(shares)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.contiguous()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad.chunk(ctx.group.size())[ctx.group.rank()], None
 
 
 def local_block_spec(config: TransformerConfig, num_layers: int) -> TransformerBlockSubmodules:

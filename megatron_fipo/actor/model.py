@@ -52,7 +52,10 @@ def transformer_config(
         "bf16": params_dtype == torch.bfloat16,
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
         "context_parallel_size": layout.cp,
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.etp,
         "sequence_parallel": layout.sequence_parallel,
         "variable_seq_lengths": True,  # every micro-batch is packed to its own length
         "moe_token_dispatcher_type": "alltoall",  # asked for by variable_seq_lengths, for dense models too
@@ -83,11 +86,14 @@ class PolicyModel(GPTModel):
         self.true_vocab_size = true_vocab_size
 
     def _preprocess(self, **kwargs: Any) -> tuple[Any, ...]:
+        packed = kwargs["packed_seq_params"]
         prepared = super()._preprocess(**kwargs)
-        if kwargs["packed_seq_params"].qkv_format == "thd":
+        if packed.qkv_format == "thd":
             return prepared
-        decoder_input, rotary_pos_emb, *rest = prepared
-        return decoder_input, rotary_pos_emb.index_select(0, kwargs["position_ids"][0]), *rest
+        decoder_input, _, *rest = prepared
+        # packed_seq: the whole table, which Megatron would else cut for this context-parallel rank
+        table = self.rotary_pos_emb(packed.max_seqlen_q, packed_seq=True)
+        return decoder_input, table.index_select(0, kwargs["position_ids"][0]), *rest
 
     def _postprocess(
         self,
@@ -147,26 +153,33 @@ def build_policy(
     transformer_impl: str,
     ddp: Mapping[str, Any],
     device: torch.device,
-) -> DistributedDataParallel:
-    """This rank's stage of the model, without weights yet, in Megatron's DDP wrapper."""
-    num_layers = arch.num_layers // layout.pp
-    model = PolicyModel(
-        true_vocab_size=arch.vocab_size,
-        config=config,
-        transformer_layer_spec=_block_spec(config, num_layers, transformer_impl),
-        vocab_size=padded_vocab,
-        pre_process=layout.is_first_stage,
-        post_process=layout.is_last_stage,
-        parallel_output=True,
-        **to_gpt_model_fields(arch),
-    )
-    module: nn.Module = model.to(device)
-    if config.bf16:
-        module = Float16Module(config, module)
+) -> list[DistributedDataParallel]:
+    """This rank's chunks of the model (one, unless stages are interleaved), without weights yet, in Megatron's DDP."""
     ddp_config = DistributedDataParallelConfig(
         **{"use_distributed_optimizer": True, "grad_reduce_in_fp32": True, "overlap_grad_reduce": False, **ddp}
     )
-    return DistributedDataParallel(config, ddp_config, module)
+    chunks = []
+    for index in range(layout.vpp):
+        chunk_index = index if layout.vpp > 1 else None
+        model = PolicyModel(
+            true_vocab_size=arch.vocab_size,
+            config=config,
+            transformer_layer_spec=_block_spec(
+                config, arch.num_layers // (layout.pp * layout.vpp), transformer_impl, chunk_index
+            ),
+            vocab_size=padded_vocab,
+            pre_process=layout.is_first_stage and index == 0,
+            post_process=layout.is_last_stage and index == layout.vpp - 1,
+            parallel_output=True,
+            vp_stage=chunk_index,
+            **to_gpt_model_fields(arch),
+        )
+        module: nn.Module = model.to(device)
+        if config.bf16:
+            module = Float16Module(config, module)
+        # as in Megatron-LM: communication of the later chunks hides behind computation by itself
+        chunks.append(DistributedDataParallel(config, ddp_config, module, disable_bucketing=index > 0))
+    return chunks
 
 
 def unwrapped(model: nn.Module) -> PolicyModel:
@@ -187,6 +200,8 @@ def run_model(model: nn.Module, batch: PackedBatch) -> Tensor:
         cu_seqlens_kv=batch.cu_seqlens,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
+        cu_seqlens_q_padded=batch.cu_seqlens,
+        cu_seqlens_kv_padded=batch.cu_seqlens,
         rows=batch.rows,
         positions_of_rows=batch.positions_of_rows,
     )
@@ -200,11 +215,11 @@ def run_model(model: nn.Module, batch: PackedBatch) -> Tensor:
     )
 
 
-def _block_spec(config: TransformerConfig, num_layers: int, transformer_impl: str) -> Any:
+def _block_spec(config: TransformerConfig, num_layers: int, transformer_impl: str, chunk_index: int | None) -> Any:
     if transformer_impl == "local":
         return local_block_spec(config, num_layers)
     if transformer_impl == "transformer_engine":
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
-        return get_gpt_decoder_block_spec(config, use_transformer_engine=True)
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=chunk_index)
     raise ValueError(f"--transformer-impl is {transformer_impl!r}, but must be local or transformer_engine")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,23 +13,23 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 
 def build_optimizer(
-    model: DistributedDataParallel, *, params_dtype: torch.dtype, overrides: Mapping[str, Any]
+    chunks: Sequence[DistributedDataParallel], *, params_dtype: torch.dtype, overrides: Mapping[str, Any]
 ) -> MegatronOptimizer:
     """Adam over this rank's shard, fp32 master weights. Norms and biases are not decayed."""
     config = OptimizerConfig(
         **{
             "optimizer": "adam",
-            "use_distributed_optimizer": model.ddp_config.use_distributed_optimizer,
+            "use_distributed_optimizer": chunks[0].ddp_config.use_distributed_optimizer,
             "bf16": params_dtype == torch.bfloat16,
             "params_dtype": params_dtype,
             **overrides,
         }
     )
     optimizer = get_megatron_optimizer(
-        config, [model], config_overrides=standard_overrides(config), use_gloo_process_groups=False
+        config, list(chunks), config_overrides=standard_overrides(config), use_gloo_process_groups=False
     )
-    model.config.grad_scale_func = optimizer.scale_loss
-    if next(model.parameters()).device.type == "cpu":
+    chunks[0].config.grad_scale_func = optimizer.scale_loss
+    if next(chunks[0].parameters()).device.type == "cpu":
         for group in optimizer.param_groups:
             group["fused"] = True  # torch's AdamW in one pass over memory instead of ten
     return optimizer

@@ -32,17 +32,19 @@ class NonFiniteUpdate(RuntimeError):
     """A NaN or an infinity in the loss or the gradients. The parameters are unchanged."""
 
 
-def forward_logprobs(model: DistributedDataParallel, batches: Sequence[PackedBatch]) -> list[Tensor]:
+def forward_logprobs(chunks: Sequence[DistributedDataParallel], batches: Sequence[PackedBatch]) -> list[Tensor]:
     """Forward only: `[2, T]` log-probs and entropies per micro-batch on the last stage, nothing on the others."""
-    model.eval()
+    for chunk in chunks:
+        chunk.eval()
     with torch.no_grad():
-        outputs = _run(model, batches, lambda batch, output: (output.new_zeros(()), output), forward_only=True)
-    model.train()
+        outputs = _run(chunks, batches, lambda batch, output: (output.new_zeros(()), output), forward_only=True)
+    for chunk in chunks:
+        chunk.train()
     return outputs
 
 
 def update(
-    model: DistributedDataParallel,
+    chunks: Sequence[DistributedDataParallel],
     optimizer: MegatronOptimizer,
     batches: Sequence[PackedBatch],
     *,
@@ -50,16 +52,23 @@ def update(
     settings: PPOSettings,
     control: dist.ProcessGroup,
     max_response_len: int,
+    cp_group: dist.ProcessGroup | None = None,
 ) -> UpdateOutcome:
     """One optimizer step over this rank's share of a mini-batch.
 
     The loss is a local sum; Megatron divides the gradients once by the count summed over micro-batches and the
-    data-parallel axis. Raises NonFiniteUpdate on every rank, before any parameter changes.
+    data- and context-parallel axes. Raises NonFiniteUpdate on every rank, before any parameter changes.
     """
-    model.zero_grad_buffer()
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
     optimizer.zero_grad()
     token_stats = accumulate_gradients(
-        model, batches, algorithm=algorithm, settings=settings, max_response_len=max_response_len
+        chunks,
+        batches,
+        algorithm=algorithm,
+        settings=settings,
+        max_response_len=max_response_len,
+        cp_group=cp_group,
     )
     _refuse_non_finite(all(bool(torch.isfinite(stats["loss_sum"])) for stats in token_stats), "loss", control)
     optimizer.prepare_grads()
@@ -71,25 +80,37 @@ def update(
 
 
 def accumulate_gradients(
-    model: DistributedDataParallel,
+    chunks: Sequence[DistributedDataParallel],
     batches: Sequence[PackedBatch],
     *,
     algorithm: str,
     settings: PPOSettings,
     max_response_len: int,
+    cp_group: dist.ProcessGroup | None = None,
 ) -> list[TokenStats]:
     """Forward and backward of every micro-batch (1F1B); the gradients of the globally normalised loss are in main_grad.
 
     Returns the token statistics per micro-batch on the last stage, an empty list on the others.
     """
-    loss_of = functools.partial(_policy_loss, algorithm=algorithm, settings=settings, max_response_len=max_response_len)
-    return _run(model, batches, loss_of, forward_only=False)
+    loss_of = functools.partial(
+        _policy_loss, algorithm=algorithm, settings=settings, max_response_len=max_response_len, cp_group=cp_group
+    )
+    return _run(chunks, batches, loss_of, forward_only=False)
 
 
 def _policy_loss(
-    batch: PackedBatch, output: Tensor, *, algorithm: str, settings: PPOSettings, max_response_len: int
+    batch: PackedBatch,
+    output: Tensor,
+    *,
+    algorithm: str,
+    settings: PPOSettings,
+    max_response_len: int,
+    cp_group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, Tensor, TokenStats]:
-    """Megatron's 3-tuple: local loss sum, number of kept tokens or sequences, what to keep of this micro-batch."""
+    """Megatron's 3-tuple: local loss sum, number of kept tokens or sequences, what to keep of this micro-batch.
+
+    Under context parallelism all three are this rank's share, which add up to the micro-batch's.
+    """
     assert batch.old_logprobs is not None, "the old log-prob pass comes before the update"
     loss, info = LOSSES[algorithm](
         output[0],
@@ -98,6 +119,7 @@ def _policy_loss(
         batch.loss_mask,
         settings,
         cu_seqlens=batch.cu_seqlens,
+        group=cp_group,
         denominator=1.0,
         num_sequences=len(batch.members),
         max_response_len=max_response_len,
@@ -107,7 +129,7 @@ def _policy_loss(
 
 
 def _run(
-    model: DistributedDataParallel,
+    chunks: Sequence[DistributedDataParallel],
     batches: Sequence[PackedBatch],
     loss_of: Callable[[PackedBatch, Tensor], tuple[Any, ...]],
     *,
@@ -117,10 +139,11 @@ def _run(
         batch = next(batches)
         return run_model(stage, batch), functools.partial(loss_of, batch)
 
+    interleaved = len(chunks) > 1
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(batches),
-        model=model,
+        data_iterator=[iter(batches) for _ in chunks] if interleaved else iter(batches),
+        model=list(chunks) if interleaved else chunks[0],
         num_microbatches=len(batches),
         seq_length=1,  # ignored: every stage announces the shape it sends
         micro_batch_size=1,

@@ -19,7 +19,10 @@ class Groups:
 
     tp: dist.ProcessGroup
     pp: dist.ProcessGroup
-    dp: dist.ProcessGroup
+    cp: dist.ProcessGroup
+    dp: dist.ProcessGroup  # without the context-parallel ranks
+    ep: dist.ProcessGroup  # the ranks that share out the experts
+    etp: dist.ProcessGroup  # the ranks that cut each expert
     control: dist.ProcessGroup
 
 
@@ -40,7 +43,10 @@ def initialize_model_parallel(layout: ParallelLayout, *, seed: int, timeout_minu
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
         distributed_timeout_minutes=timeout_minutes,
         create_gloo_process_groups=False,
     )
@@ -48,11 +54,15 @@ def initialize_model_parallel(layout: ParallelLayout, *, seed: int, timeout_minu
     groups = Groups(
         tp=parallel_state.get_tensor_model_parallel_group(),
         pp=parallel_state.get_pipeline_model_parallel_group(),
+        cp=parallel_state.get_context_parallel_group(),
         dp=parallel_state.get_data_parallel_group(),
+        ep=parallel_state.get_expert_model_parallel_group(),
+        etp=parallel_state.get_expert_tensor_parallel_group(),
         control=dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT),
     )
-    found = (groups.tp.rank(), groups.pp.rank(), groups.dp.rank())
-    assert found == (layout.tp_rank, layout.pp_rank, layout.dp_rank), (found, layout)
+    found = [group.rank() for group in (groups.tp, groups.pp, groups.cp, groups.dp, groups.ep, groups.etp)]
+    wanted = [layout.tp_rank, layout.pp_rank, layout.cp_rank, layout.dp_rank, layout.ep_rank, layout.etp_rank]
+    assert found == wanted, (found, layout)
     return groups
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,13 +32,11 @@ class WeightTable:
 
 
 def load_hf_weights(
-    model: nn.Module, arch: Architecture, weights: HFWeights, layout: ParallelLayout, *, padded_vocab: int
+    chunks: Sequence[nn.Module], arch: Architecture, weights: HFWeights, layout: ParallelLayout, *, padded_vocab: int
 ) -> None:
     """Fill this rank's parameters from a Hugging Face checkpoint, reading only what this rank holds."""
-    policy = unwrapped(model)
-    named = _global_parameters(policy, arch, layout)
     with torch.no_grad():
-        for name, parameter in named.items():
+        for name, parameter in _global_parameters(chunks, arch).items():
             shard = shard_from_hf(
                 name, arch, weights, tp_rank=layout.tp_rank, tp_size=layout.tp, padded_vocab=padded_vocab
             )
@@ -46,18 +44,18 @@ def load_hf_weights(
             parameter.copy_(shard)
 
 
-def weight_table(model: nn.Module, arch: Architecture, layout: ParallelLayout, groups: Groups) -> WeightTable:
+def weight_table(
+    chunks: Sequence[nn.Module], arch: Architecture, layout: ParallelLayout, groups: Groups
+) -> WeightTable:
     """Collect every stage's parameter names and shapes. Collective over the pipeline axis."""
-    mine = tuple(
-        (name, tuple(parameter.shape)) for name, parameter in _global_parameters(unwrapped(model), arch, layout).items()
-    )
+    mine = tuple((name, tuple(parameter.shape)) for name, parameter in _global_parameters(chunks, arch).items())
     stages: list[tuple[tuple[str, tuple[int, ...]], ...]] = [()] * layout.pp
     dist.all_gather_object(stages, mine, group=groups.pp)
     return WeightTable(tuple(stages))
 
 
 def export_weights(
-    model: nn.Module,
+    chunks: Sequence[nn.Module],
     arch: Architecture,
     layout: ParallelLayout,
     groups: Groups,
@@ -71,7 +69,7 @@ def export_weights(
     exported tensors have one dtype. Collective: one all-gather over the tensor-parallel axis per parameter and one
     transfer from its stage to rank 0, so at most one whole parameter is held beyond what the consumer keeps.
     """
-    named = {name: read(parameter) for name, parameter in _global_parameters(unwrapped(model), arch, layout).items()}
+    named = {name: read(parameter) for name, parameter in _global_parameters(chunks, arch).items()}
     example = next(iter(named.values()))
     for stage, parameters in enumerate(table.stages):
         sender = stage * layout.tp * layout.cp * layout.dp
@@ -104,22 +102,25 @@ def _gathered(local: Tensor, num_shards: int, groups: Groups) -> list[Tensor]:
     return shards
 
 
-def _global_parameters(policy: nn.Module, arch: Architecture, layout: ParallelLayout) -> dict[str, nn.Parameter]:
-    """This rank's parameters under global names (layer numbers count from the first stage), checked to be the
+def _global_parameters(chunks: Sequence[nn.Module], arch: Architecture) -> dict[str, nn.Parameter]:
+    """This rank's parameters under global names (layer numbers count from the model's first), checked to be the
     architecture's."""
-    per_stage = arch.num_layers // layout.pp
-    first = layout.pp_rank * per_stage
-    named = {
-        canonical_name(
-            re.sub(r"^decoder\.layers\.(\d+)", lambda match: f"decoder.layers.{first + int(match[1])}", name)
-        ): parameter
-        for name, parameter in policy.named_parameters()
-    }
+    policies = [unwrapped(chunk) for chunk in chunks]
+    named: dict[str, nn.Parameter] = {}
+    for policy in policies:
+        numbers = [layer.layer_number - 1 for layer in policy.decoder.layers]
+        for name, parameter in policy.named_parameters():
+            named[canonical_name(_with_global_layer(name, numbers))] = parameter
     expected = expected_megatron_names(
         arch,
-        range(first, first + per_stage),
-        first_stage=layout.is_first_stage,
-        last_stage=layout.is_last_stage,
+        [layer.layer_number - 1 for policy in policies for layer in policy.decoder.layers],
+        first_stage=any(policy.pre_process for policy in policies),
+        last_stage=any(policy.post_process for policy in policies),
     )
     assert set(named) == set(expected), sorted(set(named) ^ set(expected))
     return named
+
+
+def _with_global_layer(name: str, numbers: Sequence[int]) -> str:
+    """decoder.layers.I.rest -> decoder.layers.numbers[I].rest."""
+    return re.sub(r"^decoder\.layers\.(\d+)", lambda match: f"decoder.layers.{numbers[int(match[1])]}", name)

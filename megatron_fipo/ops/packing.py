@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_fipo.ops.zigzag import zigzag_indices
 from megatron_fipo.types import PackedBatch, TrainSequence
 
 
@@ -28,25 +29,27 @@ def balanced_shares(costs: Sequence[int], num_shares: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Split sequences into the fewest balanced micro-batches found whose tokens stay within `max_tokens`.
+def micro_batches(costs: Sequence[int], max_tokens: int, *, at_least: int = 1) -> list[list[int]]:
+    """Split sequences into the fewest balanced micro-batches found, `at_least` that many, each within `max_tokens`.
 
-    Raises ValueError for a sequence that alone exceeds the budget.
+    Where `at_least` exceeds the number of sequences, empty micro-batches make it up. Raises ValueError for a sequence
+    that alone exceeds the budget.
     """
-    if not lengths:
+    if not costs:
         raise ValueError("no sequences to make micro-batches of")
-    if max(lengths) > max_tokens:
+    if max(costs) > max_tokens:
         raise ValueError(
-            f"--max-tokens-per-micro-batch is {max_tokens}, but must be at least {max(lengths)}, the longest sequence"
+            f"--max-tokens-per-micro-batch is {max_tokens}, but must be at least {max(costs)}, the longest sequence"
         )
-    for num_batches in range(-(-sum(lengths) // max_tokens), len(lengths) + 1):
-        batches = balanced_shares(lengths, num_batches)
-        if all(sum(lengths[i] for i in batch) <= max_tokens for batch in batches):
-            return batches
+    fewest = max(-(-sum(costs) // max_tokens), min(at_least, len(costs)))
+    for num_batches in range(fewest, len(costs) + 1):
+        batches = balanced_shares(costs, num_batches)
+        if all(sum(costs[i] for i in batch) <= max_tokens for batch in batches):
+            return batches + [[] for _ in range(at_least - num_batches)]
     raise AssertionError("one sequence per micro-batch always fits")
 
 
-def shared_micro_batches(sequences: Sequence[TrainSequence], max_tokens: int) -> list[list[int]]:
+def shared_micro_batches(sequences: Sequence[TrainSequence], max_tokens: int, *, at_least: int = 1) -> list[list[int]]:
     """`micro_batches` that keeps neighbours with the same prompt together, whose prompt is then computed once.
 
     A run of neighbours is cut where it would exceed `max_tokens` rows.
@@ -63,7 +66,14 @@ def shared_micro_batches(sequences: Sequence[TrainSequence], max_tokens: int) ->
             chunks.append([index])
             costs.append(length)
         previous = key
-    return [[i for chunk in batch for i in chunks[chunk]] for batch in micro_batches(costs, max_tokens)]
+    return [
+        [i for chunk in batch for i in chunks[chunk]] for batch in micro_batches(costs, max_tokens, at_least=at_least)
+    ]
+
+
+def padded_length(length: int, cp_size: int) -> int:
+    """What a sequence of `length` tokens takes up when context parallelism cuts it into 2 cp_size equal pieces."""
+    return length if cp_size == 1 else -(-length // (2 * cp_size)) * 2 * cp_size
 
 
 def pack(
@@ -73,54 +83,77 @@ def pack(
     old_logprobs: Sequence[Tensor] | None = None,
     share_prompts: bool = False,
     multiple_of: int = 1,
+    cp_size: int = 1,
+    cp_rank: int = 0,
     device: torch.device | str = "cpu",
 ) -> PackedBatch:
     """Lay `sequences[i] for i in members` end to end; with `share_prompts`, equal prompts are one stretch of rows.
 
-    `old_logprobs[i]` is [L_i] fp32. A dummy sequence of mask 0 is appended when the rows are not a `multiple_of`.
+    `old_logprobs[i]` is [L_i] fp32. A dummy sequence of mask 0 is appended when this rank's rows are not a
+    `multiple_of`, or when there are no members. With `cp_size` > 1 the result is the share of `cp_rank`; prompts are
+    then not shared.
     """
+    assert not (share_prompts and cp_size > 1), "a shared prompt cannot be cut into several sequences' pieces"
     chosen = [sequences[i] for i in members]
-    rows, sources, positions = _rows(chosen, share_prompts)
-    padding = -len(sources) % multiple_of
-    num_tokens = len(rows)
-    rows = np.append(rows, len(sources) + np.arange(padding))
-    sources = np.append(sources, num_tokens + np.arange(padding))
-    positions = np.append(positions, np.arange(padding))
-    lengths = [len(sequence.token_ids) for sequence in chosen] + ([padding] if padding else [])
+    lengths = [padded_length(len(sequence.token_ids), cp_size) for sequence in chosen]
+    rows, sources, positions = _rows(chosen, lengths, share_prompts)
+    dummy = _dummy_length(len(sources), cp_size, multiple_of)
+    lengths += [dummy] if dummy else []
+    rows = np.append(rows, len(sources) + np.arange(dummy))
+    sources = np.append(sources, sum(lengths) - dummy + np.arange(dummy))
+    positions = np.append(positions, np.arange(dummy))
+    cu_seqlens = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32)
+    share = zigzag_indices(cu_seqlens, cp_size, cp_rank)
 
-    def joined(arrays: list[np.ndarray], dtype: torch.dtype) -> Tensor:
-        flat = np.concatenate([*arrays, np.zeros(padding, dtype=arrays[0].dtype)])
-        return torch.from_numpy(flat).to(device=device, dtype=dtype)
+    def joined(arrays: Sequence[np.ndarray], dtype: torch.dtype) -> Tensor:
+        whole = np.zeros(sum(lengths), dtype=arrays[0].dtype if arrays else np.int64)
+        for start, array in zip(cu_seqlens.tolist(), arrays):
+            whole[start : start + len(array)] = array
+        return torch.from_numpy(whole)[share].to(device=device, dtype=dtype)
 
-    token_ids = joined([s.token_ids for s in chosen], torch.int64)
-    sources_tensor = torch.from_numpy(sources).to(device)
+    if cp_size > 1:  # rows are tokens: the share of the one is the share of the other
+        positions, rows = positions[share.numpy()], np.arange(len(share))
+        token_ids, sources = joined([s.token_ids for s in chosen], torch.int64), rows
+    else:
+        token_ids = joined([s.token_ids for s in chosen], torch.int64)[torch.from_numpy(sources).to(device)]
     return PackedBatch(
-        token_ids=token_ids[sources_tensor],
+        token_ids=token_ids,
         position_ids=torch.from_numpy(positions).to(device),
         rows=torch.from_numpy(rows).to(device),
-        positions_of_rows=sources_tensor,
-        labels=joined([np.append(s.token_ids[1:], 0) for s in chosen], torch.int64),
-        cu_seqlens=torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32, device=device),
+        positions_of_rows=torch.from_numpy(sources).to(device),
+        labels=joined([s.token_ids[1:] for s in chosen], torch.int64),
+        cu_seqlens=cu_seqlens.to(device),
         loss_mask=joined([s.loss_mask for s in chosen], torch.bool),
         advantages=joined([s.advantages for s in chosen], torch.float32),
         rollout_logprobs=joined([s.rollout_logprobs for s in chosen], torch.float32),
         old_logprobs=None
         if old_logprobs is None
-        else torch.cat([*(old_logprobs[i].to(device) for i in members), torch.zeros(padding, device=device)]),
+        else joined([old_logprobs[i].cpu().numpy() for i in members], torch.float32),
         members=tuple(members),
     )
 
 
-def _rows(sequences: Sequence[TrainSequence], share_prompts: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(row of every token [T], a token of every row [S], position of every row [S])."""
-    rows: list[np.ndarray] = []
-    sources: list[np.ndarray] = []
-    positions: list[np.ndarray] = []
+def _dummy_length(num_rows: int, cp_size: int, multiple_of: int) -> int:
+    """Tokens of the dummy sequence that makes a rank's rows a multiple; at least one row when there are none."""
+    unit = 1 if cp_size == 1 else 2 * cp_size
+    dummy = 0 if num_rows else unit
+    for _ in range(multiple_of):
+        if (num_rows + dummy) // cp_size % multiple_of == 0:
+            return dummy
+        dummy += unit
+    raise AssertionError(f"{num_rows} rows over {cp_size} ranks cannot become a multiple of {multiple_of}")
+
+
+def _rows(
+    sequences: Sequence[TrainSequence], lengths: Sequence[int], share_prompts: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(row of every token [T], a token of every row [S], position of every row [S]), sequences padded to `lengths`."""
+    rows = [np.zeros(0, dtype=np.int64)]
+    sources, positions = rows.copy(), rows.copy()
     prompt_rows: dict[bytes, np.ndarray] = {}
     num_tokens = num_rows = 0
-    for sequence in sequences:
-        length, prompt = len(sequence.token_ids), _prompt_length(sequence)
-        key = _prompt_key(sequence)
+    for sequence, length in zip(sequences, lengths):
+        prompt, key = _prompt_length(sequence), _prompt_key(sequence)
         shared = prompt_rows[key] if share_prompts and key in prompt_rows else np.zeros(0, dtype=np.int64)
         own = np.arange(len(shared), length)
         mine = np.append(shared, num_rows + np.arange(len(own)))

@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 import torch
 
 from megatron_fipo.config import require
+from megatron_fipo.parallel import ParallelLayout
 
 Family = Literal["qwen2", "qwen3", "llama"]
 CAUSAL_LM_CLASS: dict[str, str] = {
@@ -139,18 +140,18 @@ def read_architecture(hf_dir: str | Path) -> Architecture:
     )
 
 
-def check_layout(arch: Architecture, tp: int, pp: int) -> None:
+def check_layout(arch: Architecture, layout: ParallelLayout) -> None:
     """Raise ValueError naming the flag, the size found and what it must divide, when the model cannot be cut so."""
-    tp_flag, pp_flag = "--tensor-model-parallel-size", "--pipeline-model-parallel-size"
-    require(tp >= 1, tp_flag, tp, ">= 1")
-    require(pp >= 1, pp_flag, pp, ">= 1")
+    tp, tp_flag = layout.tp, "--tensor-model-parallel-size"
     for count, what in (
         (arch.num_attention_heads, "attention heads"),
         (arch.num_query_groups, "query groups (key-value heads)"),
         (arch.ffn_hidden_size, "FFN channels"),
     ):
         require(count % tp == 0, tp_flag, tp, f"a divisor of the model's {count} {what}")
-    require(arch.num_layers % pp == 0, pp_flag, pp, f"a divisor of the model's {arch.num_layers} layers")
+    num_stages = layout.pp * layout.vpp
+    flag = "--pipeline-model-parallel-size" + (" x virtual stages per pipeline rank" if layout.vpp > 1 else "")
+    require(arch.num_layers % num_stages == 0, flag, num_stages, f"a divisor of the model's {arch.num_layers} layers")
 
 
 def to_transformer_fields(arch: Architecture) -> dict[str, Any]:

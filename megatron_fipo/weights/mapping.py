@@ -95,7 +95,9 @@ def hf_names(arch: Architecture) -> list[str]:
     return list(hf_shapes(arch))
 
 
-def expected_megatron_names(arch: Architecture, layers: range, *, first_stage: bool, last_stage: bool) -> set[str]:
+def expected_megatron_names(
+    arch: Architecture, layers: Iterable[int], *, first_stage: bool, last_stage: bool
+) -> set[str]:
     """The canonical names of the parameters of a pipeline stage that holds the global `layers`.
 
     A tied model whose last stage is not its first holds its own copy of the embedding there, as output_layer.weight.

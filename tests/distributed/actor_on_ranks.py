@@ -22,10 +22,10 @@ from megatron_fipo.weights.hf_files import HFWeights
 OPTIMIZER = {"lr": 1e-3, "weight_decay": 0.1, "clip_grad": 1.0, "adam_beta2": 0.999, "adam_eps": 1e-4}
 
 
-def make_groups(*, tp: int = 1, pp: int = 1, sp: bool = False) -> tuple[ParallelLayout, Groups]:
+def make_groups(*, sp: bool = False, **sizes: int) -> tuple[ParallelLayout, Groups]:
     """The layout over all ranks of the running gloo job, and its groups."""
     apply_patches()
-    layout = ParallelLayout.for_world(dist.get_world_size(), dist.get_rank(), tp=tp, pp=pp, sequence_parallel=sp)
+    layout = ParallelLayout.for_world(dist.get_world_size(), dist.get_rank(), sequence_parallel=sp, **sizes)
     return layout, initialize_model_parallel(layout, seed=1, timeout_minutes=5)
 
 
@@ -102,13 +102,19 @@ def run_updates(
         return [old_logprobs[position[sequence.uid]] for sequence in mini_batch]
 
     result: dict[str, Any] = {}
-    if not actor.model.ddp_config.use_distributed_optimizer:  # whose ranks hold whole gradients
-        actor.model.zero_grad_buffer()
+    if not actor.chunks[0].ddp_config.use_distributed_optimizer:  # whose ranks hold whole gradients
+        for chunk in actor.chunks:
+            chunk.zero_grad_buffer()
         batches = actor._packed(mine[0], old_of(mine[0]) if layout.is_last_stage else None)
         pipeline.accumulate_gradients(
-            actor.model, batches, algorithm=algorithm, settings=settings, max_response_len=actor.max_response_len
+            actor.chunks,
+            batches,
+            algorithm=algorithm,
+            settings=settings,
+            max_response_len=actor.max_response_len,
+            cp_group=groups.cp,
         )
-        gradients = export_weights(actor.model, actor.arch, layout, groups, actor.table, read=lambda p: p.main_grad)
+        gradients = export_weights(actor.chunks, actor.arch, layout, groups, actor.table, read=lambda p: p.main_grad)
         result["gradients"] = {name: gradient.clone() for name, gradient in gradients}
     metrics = [actor.update(m, old_of(m), algorithm=algorithm, settings=settings) for m in mine]
     result["parameters"] = {name: value.clone() for name, value in actor.export_weights()}

@@ -24,6 +24,16 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2 sp pp2": (4, {"tp": 2, "pp": 2, "sp": True}),
     "pp2 dp2": (4, {"pp": 2}),
     "tp2 sp dp2": (4, {"tp": 2, "sp": True}),
+    "pp2 vpp2": (2, {"pp": 2, "vpp": 2}),
+    "cp2": (2, {"cp": 2}),
+    "cp4": (4, {"cp": 4}),
+    "tp2 cp2": (4, {"tp": 2, "cp": 2}),
+    "tp2 sp cp2": (4, {"tp": 2, "sp": True, "cp": 2}),
+    "pp2 cp2": (4, {"pp": 2, "cp": 2}),
+    "pp2 vpp2 cp2": (4, {"pp": 2, "vpp": 2, "cp": 2}),
+    "cp2 dp2": (4, {"cp": 2}),
+    "pp4": (4, {"pp": 4}),
+    "tp2 pp2 vpp2": (4, {"tp": 2, "pp": 2, "vpp": 2}),
 }
 # gradients are compared where every rank holds them whole; the distributed optimizer by what it does to parameters
 CASES: list[dict[str, Any]] = [

@@ -217,18 +217,18 @@ def gradients_of(actor: Any, sequences: list[TrainSequence]) -> tuple[dict[str, 
     from megatron_fipo.actor.model import run_model, unwrapped
     from megatron_fipo.actor.weights import export_weights
 
-    policy = unwrapped(actor.model)
+    policy = unwrapped(actor.chunks[0])
     hidden: list[torch.Tensor] = []
     handle = policy.decoder.register_forward_hook(lambda module, inputs, output: hidden.append(output.detach()))
-    actor.model.zero_grad_buffer()
+    actor.chunks[0].zero_grad_buffer()
     (batch,) = actor._packed(sequences, None)
-    logprobs, _ = run_model(actor.model, batch)
+    logprobs, _ = run_model(actor.chunks[0], batch)
     handle.remove()
     (logprobs * batch.advantages).sum().backward()
     tied = policy.share_embeddings_and_output_weights
     weight = policy.shared_embedding_or_output_weight() if tied else policy.output_layer.weight
     gradients = export_weights(
-        actor.model, actor.arch, actor.layout, actor.groups, actor.table, read=lambda p: p.main_grad
+        actor.chunks, actor.arch, actor.layout, actor.groups, actor.table, read=lambda p: p.main_grad
     )
     return {name: value.clone() for name, value in gradients}, F.linear(hidden[0][batch.rows, 0], weight).detach()
 
@@ -315,7 +315,7 @@ def poisoned_updates(actor: Any, control: Any) -> dict[str, Any]:
         "old log-probs nan": attempt(sequences, poisoned(float("nan"))),
         "old log-probs inf": attempt(sequences, poisoned(float("-inf"))),
     }
-    weight = unwrapped(actor.model).decoder.final_layernorm.weight
+    weight = unwrapped(actor.chunks[0]).decoder.final_layernorm.weight
     hook = weight.register_hook(lambda gradient: gradient * float("inf"))  # finite loss, gradient not
     found["gradient"] = attempt(sequences, logprobs)
     hook.remove()

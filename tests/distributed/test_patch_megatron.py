@@ -266,7 +266,7 @@ def try_embedding(originals: list[Any], actor: Any) -> dict[str, Any]:
     """The one rank plays a pipeline of two stages: it reaches the move and the all-reduce over the embedding group."""
     from megatron_fipo.actor.model import unwrapped
 
-    policy = unwrapped(actor.model)
+    policy = unwrapped(actor.chunks[0])
     before = repr(torch.Tensor.cuda)
     with replaced(policy.config, "pipeline_model_parallel_size", 2):
         with put_back(TARGETS["embedding_stays_on_cpu"], originals):
@@ -290,7 +290,7 @@ def try_resume(originals: list[Any], build: Callable[..., Any], checkpoint_dir: 
     sequences = make_sequences(4)
 
     def sharded_state(actor: Any, *, is_loading: bool) -> dict[str, Any]:
-        model = unwrapped(actor.model).sharded_state_dict()
+        model = {"chunk_0": unwrapped(actor.chunks[0]).sharded_state_dict()}
         for part in parts_of(actor):
             part.data_parallel_group_gloo = torch.distributed.group.WORLD
         optimizer = actor.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(metadata))

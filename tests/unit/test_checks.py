@@ -121,7 +121,6 @@ def test_a_checkpoint_that_fits_comes_back_read(checkpoint: Path) -> None:
         (["--num-layers", "5", "--hidden-size", "64"], {}, ["--num-layers", "5", "4", "; ", "--hidden-size"]),
         ([], {"pp": 3}, ["--pipeline-model-parallel-size", "3", "4"]),
         ([], {"tp": 4}, ["--tensor-model-parallel-size", "4"]),
-        ([], {"cp": 2}, ["--context-parallel-size is 2, but must be 1: context parallelism is not built yet"]),
         ([], {"dp": 5}, ["--global-batch-size is 4, but must be at least the number of data-parallel ranks (5)"]),
         (["--rollout-num-gpus-per-engine", "4"], {}, ["--rollout-num-gpus-per-engine is 4", "6 attention heads"]),
         (
@@ -160,7 +159,7 @@ def test_a_good_command_line_passes_and_creates_nothing(checkpoint: Path, tmp_pa
 def test_the_layout_is_the_worlds(checkpoint: Path, tmp_path: Path) -> None:
     flags = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
     checked = check_run(parse(checkpoint, *flags, output_dir=tmp_path), {"RANK": "3", "WORLD_SIZE": "4"})
-    assert checked.layout == ParallelLayout(tp=2, dp=2, sequence_parallel=True, rank=3)
+    assert checked.layout == ParallelLayout(tp=2, dp=2, sequence_parallel=True, rank=3, etp=2)
     with pytest.raises(ValueError, match=r"is 2, but must be a divisor of the number of ranks \(1\)"):
         check_run(parse(checkpoint, *flags, output_dir=tmp_path), ALONE)
 

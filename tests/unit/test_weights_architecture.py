@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 
+from megatron_fipo.parallel import ParallelLayout
 from megatron_fipo.weights.architecture import (
     Architecture,
     check_layout,
@@ -179,19 +180,18 @@ def test_missing_or_malformed_config_is_named(tmp_path, text):
         (3, 1, "--tensor-model-parallel-size is 3, but must be a divisor of the model's 2 query groups"),
         (2, 2, "--pipeline-model-parallel-size is 2, but must be a divisor of the model's 3 layers"),
         (1, 6, "--pipeline-model-parallel-size is 6"),
-        (0, 1, "--tensor-model-parallel-size is 0"),
     ],
 )
 def test_layout_that_does_not_divide_names_the_flag(tmp_path, tp, pp, message):
     with pytest.raises(ValueError) as error:
-        check_layout(read(tmp_path, LLAMA), tp, pp)
+        check_layout(read(tmp_path, LLAMA), ParallelLayout(tp=tp, pp=pp))
     assert message in str(error.value)
 
 
 def test_layout_checks_the_ffn_and_accepts_what_divides(tmp_path):
-    check_layout(read(tmp_path, LLAMA), 2, 3)
+    check_layout(read(tmp_path, LLAMA), ParallelLayout(tp=2, pp=3))
     with pytest.raises(ValueError, match="87 FFN channels"):
-        check_layout(read(tmp_path, LLAMA, intermediate_size=87), 2, 3)
+        check_layout(read(tmp_path, LLAMA, intermediate_size=87), ParallelLayout(tp=2, pp=3))
 
 
 def test_transformer_fields(tmp_path):
