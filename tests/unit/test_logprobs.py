@@ -77,6 +77,30 @@ def test_the_entropy_carries_no_gradient_and_the_logits_are_left_alone() -> None
     assert torch.equal(logits.detach(), before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_temperature_divides_the_logits(dtype: torch.dtype) -> None:
+    logits, labels, grad = make_inputs(dtype)
+    logprobs, entropy = vocab_parallel_logprobs(logits, labels, vocab_size=VOCAB, temperature=0.6)
+    (logprobs * grad.to(dtype)).sum().backward()
+    wanted, wanted_entropy, wanted_grad = reference(logits.detach().double() / 0.6, labels, grad)
+    tolerance = 1e-12 if dtype == torch.float64 else 6e-6  # one more rounding, of values up to 30
+    assert (logprobs - wanted).abs().max() <= tolerance
+    assert (entropy - wanted_entropy).abs().max() <= tolerance
+    assert logits.grad is not None
+    assert (logits.grad - wanted_grad / 0.6).abs().max() <= tolerance
+
+
+def test_rows_do_not_depend_on_how_many_share_a_tile() -> None:
+    """152064 columns leave one row to a tile, 37 put all rows into one."""
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(3, 152064, generator=generator, dtype=torch.float64)
+    labels = torch.tensor([5, 70000, 152063])
+    logprobs, entropy = vocab_parallel_logprobs(logits, labels, vocab_size=152064)
+    rows = logits.log_softmax(-1)
+    assert (logprobs - rows[range(3), labels]).abs().max() <= 1e-12
+    assert (entropy + (rows.exp() * rows).sum(-1)).abs().max() <= 1e-11
+
+
 def test_no_position_at_all_is_fine() -> None:
     logits = torch.zeros(0, VOCAB, requires_grad=True)
     logprobs, entropy = vocab_parallel_logprobs(logits, torch.zeros(0, dtype=torch.int64), vocab_size=VOCAB)
@@ -88,3 +112,5 @@ def test_no_position_at_all_is_fine() -> None:
 def test_shapes_that_do_not_belong_together_are_an_error() -> None:
     with pytest.raises(ValueError, match=r"logits must be \[N, V\] and labels \[N\], but are \[2, 3\] and \[3\]"):
         vocab_parallel_logprobs(torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64), vocab_size=3)
+    with pytest.raises(ValueError, match=r"temperature is -1.0, but must be a number > 0"):
+        vocab_parallel_logprobs(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), vocab_size=3, temperature=-1.0)
