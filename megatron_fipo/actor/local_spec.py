@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
+from megatron_fipo.actor.moe_layers import local_moe_spec
 from megatron_fipo.ops.zigzag import zigzag_indices
 
 
@@ -184,9 +185,8 @@ def local_block_spec(config: TransformerConfig, num_layers: int) -> TransformerB
             k_layernorm=qk_norm,
         ),
     )
-    mlp = ModuleSpec(
-        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    )
+    dense = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    mlp = local_moe_spec() if config.num_moe_experts else ModuleSpec(module=MLP, submodules=dense)
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(

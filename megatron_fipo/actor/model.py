@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_fipo.actor.local_spec import Pack, PackedAttention, local_block_spec
+from megatron_fipo.actor.moe_layers import ROUTER_FIELDS
 from megatron_fipo.ops.logprobs import vocab_parallel_logprobs
 from megatron_fipo.parallel import ParallelLayout
 from megatron_fipo.types import PackedBatch
@@ -44,6 +45,7 @@ def transformer_config(
     """megatron-core's configuration for a checkpoint's architecture in a layout; `overrides` are the user's flags."""
     fields: dict[str, Any] = {
         **to_transformer_fields(arch),
+        **(ROUTER_FIELDS if arch.num_moe_experts else {}),
         "activation_func": F.silu,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,

@@ -1,4 +1,4 @@
-"""The dense decoder that a Hugging Face directory describes, as a value: read, checked, and told in Megatron's terms.
+"""The decoder that a Hugging Face directory describes, as a value: read, checked, and told in Megatron's terms.
 
 Whatever in config.json could change the maths is either carried by `Architecture` or refused: nothing is ignored.
 """
@@ -16,11 +16,12 @@ import torch
 from megatron_fipo.config import require
 from megatron_fipo.parallel import ParallelLayout
 
-Family = Literal["qwen2", "qwen3", "llama"]
+Family = Literal["qwen2", "qwen3", "llama", "qwen3_moe"]
 CAUSAL_LM_CLASS: dict[str, str] = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "llama": "LlamaForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 """The supported families by `model_type`, with the class whose maths they stand for."""
 
@@ -45,6 +46,9 @@ NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
     "logits_scaling": (1,),
     "num_experts": (0,),
     "num_local_experts": (0,),
+    "decoder_sparse_step": (1,),
+    "mlp_only_layers": ([],),
+    "shared_expert_intermediate_size": (0,),
 }
 """Fields of config.json that would change the maths, with the values that do not; null, or absence, never does."""
 
@@ -76,6 +80,11 @@ class Architecture:
     qkv_bias: bool
     qk_layernorm: bool
     dtype: torch.dtype  # what config.json names; the tensors' own dtype is the files' affair
+    # a mixture of experts in every layer, in place of the FFN of `ffn_hidden_size`; all None: there is none
+    num_moe_experts: int | None = None
+    moe_router_topk: int | None = None  # experts per token
+    moe_ffn_hidden_size: int | None = None  # of one expert
+    moe_router_pre_softmax: bool | None = None  # the chosen experts' weights are not normalised to sum 1
 
 
 def read_architecture(hf_dir: str | Path) -> Architecture:
@@ -108,7 +117,8 @@ def read_architecture(hf_dir: str | Path) -> Architecture:
         num_groups,
         f"a divisor of num_attention_heads ({num_heads})",
     )
-    if config.get("head_dim") is None and family != "qwen3":
+    has_qk_norm = family in ("qwen3", "qwen3_moe")
+    if config.get("head_dim") is None and not has_qk_norm:
         require(hidden_size % num_heads == 0, f"{path}: hidden_size", hidden_size, f"a multiple of {num_heads} heads")
         head_dim = hidden_size // num_heads
     else:
@@ -135,8 +145,9 @@ def read_architecture(hf_dir: str | Path) -> Architecture:
         max_position_embeddings=_positive_int(path, config, "max_position_embeddings"),
         tied=_read_bool(path, config, "tie_word_embeddings", absent=False),
         qkv_bias=family == "qwen2",
-        qk_layernorm=family == "qwen3",
+        qk_layernorm=has_qk_norm,
         dtype=DTYPES[dtype_name],
+        **(_read_experts(path, config) if family == "qwen3_moe" else {}),
     )
 
 
@@ -146,9 +157,10 @@ def check_layout(arch: Architecture, layout: ParallelLayout) -> None:
     for count, what in (
         (arch.num_attention_heads, "attention heads"),
         (arch.num_query_groups, "query groups (key-value heads)"),
-        (arch.ffn_hidden_size, "FFN channels"),
+        (0 if arch.num_moe_experts else arch.ffn_hidden_size, "FFN channels"),
     ):
         require(count % tp == 0, tp_flag, tp, f"a divisor of the model's {count} {what}")
+    _check_expert_layout(arch, layout)
     num_stages = layout.pp * layout.vpp
     flag = "--pipeline-model-parallel-size" + (" x virtual stages per pipeline rank" if layout.vpp > 1 else "")
     require(arch.num_layers % num_stages == 0, flag, num_stages, f"a divisor of the model's {arch.num_layers} layers")
@@ -174,6 +186,20 @@ def to_transformer_fields(arch: Architecture) -> dict[str, Any]:
         "rotary_interleaved": False,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
+        "num_moe_experts": arch.num_moe_experts,
+        **(_expert_fields(arch) if arch.num_moe_experts else {}),
+    }
+
+
+def _expert_fields(arch: Architecture) -> dict[str, Any]:
+    """What the router and the experts add. The softmax over all experts, cut to the chosen ones and normalised, is the
+    softmax over the chosen ones; not normalised, it has to come before the choice."""
+    return {
+        "moe_router_topk": arch.moe_router_topk,
+        "moe_ffn_hidden_size": arch.moe_ffn_hidden_size,
+        "moe_router_pre_softmax": arch.moe_router_pre_softmax,
+        "moe_router_score_function": "softmax",
+        "moe_layer_freq": 1,
     }
 
 
@@ -205,7 +231,7 @@ def padded_vocab_size(vocab_size: int, tp: int, divisible_by: int = 1) -> int:
 
 def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     """Every tensor of the Hugging Face checkpoint with its shape, in the order of export. Tied: no lm_head.weight."""
-    hidden, ffn, dim = arch.hidden_size, arch.ffn_hidden_size, arch.kv_channels
+    hidden, dim = arch.hidden_size, arch.kv_channels
     rows = {"q": arch.num_attention_heads * dim, "k": arch.num_query_groups * dim, "v": arch.num_query_groups * dim}
     layer: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (hidden,)}
     for which, num_rows in rows.items():
@@ -217,10 +243,14 @@ def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     layer |= {
         "self_attn.o_proj.weight": (hidden, rows["q"]),
         "post_attention_layernorm.weight": (hidden,),
-        "mlp.gate_proj.weight": (ffn, hidden),
-        "mlp.up_proj.weight": (ffn, hidden),
-        "mlp.down_proj.weight": (hidden, ffn),
     }
+    if arch.num_moe_experts:
+        assert arch.moe_ffn_hidden_size is not None, arch
+        layer["mlp.gate.weight"] = (arch.num_moe_experts, hidden)
+        for expert in range(arch.num_moe_experts):
+            layer |= _ffn_shapes(f"mlp.experts.{expert}", arch.moe_ffn_hidden_size, hidden)
+    else:
+        layer |= _ffn_shapes("mlp", arch.ffn_hidden_size, hidden)
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (arch.vocab_size, hidden)}
     for index in range(arch.num_layers):
         shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
@@ -230,11 +260,73 @@ def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _ffn_shapes(prefix: str, ffn: int, hidden: int) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{prefix}.gate_proj.weight": (ffn, hidden),
+        f"{prefix}.up_proj.weight": (ffn, hidden),
+        f"{prefix}.down_proj.weight": (hidden, ffn),
+    }
+
+
+def _check_expert_layout(arch: Architecture, layout: ParallelLayout) -> None:
+    ep, ep_flag = layout.ep, "--expert-model-parallel-size"
+    etp, etp_flag = layout.etp, "--expert-tensor-parallel-size"
+    if not arch.num_moe_experts:
+        require(ep == 1, ep_flag, ep, f"1: a {arch.family} model has no experts")
+        require(etp == layout.tp, etp_flag, etp, f"unset: a {arch.family} model has no experts")
+        return
+    assert arch.moe_ffn_hidden_size is not None, arch
+    require(arch.num_moe_experts % ep == 0, ep_flag, ep, f"a divisor of the model's {arch.num_moe_experts} experts")
+    ffn = arch.moe_ffn_hidden_size
+    require(ffn % etp == 0, etp_flag, etp, f"a divisor of an expert's {ffn} FFN channels")
+    require(  # else Megatron would reduce the experts' gradients with the other parameters', over other ranks
+        ep > 1 or etp == layout.tp,
+        etp_flag,
+        etp,
+        f"--tensor-model-parallel-size ({layout.tp}) when --expert-model-parallel-size is 1",
+    )
+    require(
+        layout.tp == 1 or layout.sequence_parallel,
+        "--sequence-parallel",
+        layout.sequence_parallel,
+        f"given with --tensor-model-parallel-size {layout.tp}: the ranks share out the tokens for the experts",
+    )
+
+
+def _read_experts(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a mixture of experts. `num_experts`, as published, is `num_local_experts` to transformers 5.
+
+    `router_aux_loss_coef` is of no account: transformers adds that loss only where `output_router_logits` is set, and a
+    policy is trained on its policy loss alone.
+    """
+    names = [name for name in ("num_experts", "num_local_experts") if config.get(name) is not None]
+    counts = {_positive_int(path, config, name) for name in names or ["num_experts"]}
+    require(len(counts) == 1, f"{path}: num_local_experts", config.get("num_local_experts"), "equal to num_experts")
+    num_experts = counts.pop()
+    topk = _positive_int(path, config, "num_experts_per_tok")
+    require(topk <= num_experts, f"{path}: num_experts_per_tok", topk, f"at most the {num_experts} experts")
+    is_normalised = _read_bool(path, config, "norm_topk_prob", absent=False)
+    require(
+        topk > 1 or not is_normalised,
+        f"{path}: norm_topk_prob",
+        is_normalised,
+        "false with num_experts_per_tok 1: one normalised weight is always 1",
+    )
+    return {
+        "num_moe_experts": num_experts,
+        "moe_router_topk": topk,
+        "moe_ffn_hidden_size": _positive_int(path, config, "moe_intermediate_size"),
+        "moe_router_pre_softmax": not is_normalised,
+    }
+
+
 def _check_neutral(path: Path, config: Mapping[str, Any], family: Family) -> None:
     """Refuse every field that asks for maths beyond `Architecture`."""
     for name, neutral in NEUTRAL_VALUES.items():
         if name == "attention_bias" and family == "qwen2":
             continue  # transformers' Qwen2 has no such field: its bias is fixed
+        if name in ("num_experts", "num_local_experts") and family == "qwen3_moe":
+            continue
         found = config.get(name)
         wanted = f"{neutral[0]!r}: nothing else is supported" if neutral else "absent: it is not supported"
         require(found is None or found in neutral, f"{path}: {name}", found, wanted)

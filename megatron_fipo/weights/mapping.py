@@ -1,6 +1,8 @@
 """Which Hugging Face tensors make which Megatron parameter, and how tensor parallelism cuts it: tables, pure functions.
 
-Megatron names are global: `decoder.layers.N` counts layers over all pipeline stages. A tensor-parallel shard is:
+Megatron names are global: `decoder.layers.N` counts layers over all pipeline stages, and `mlp.experts.J` counts experts
+over all expert-parallel ranks, whatever Megatron's own layers call them. A tensor-parallel shard, of an expert one over
+the expert-tensor-parallel ranks, is:
     qkv      [G_local * (H/G + 2) * d, ...]   per query group its q heads, then k, then v
     gate_up  [2 * ffn_local, hidden]          the rank's rows of gate, then its rows of up
     row      [hidden, input_local]            columns of the whole
@@ -9,6 +11,7 @@ Megatron names are global: `decoder.layers.N` counts layers over all pipeline st
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -44,8 +47,15 @@ LAYER_RULES: dict[str, Rule] = {
     "pre_mlp_layernorm.weight": Rule("replicated", ("post_attention_layernorm.weight",)),
     "mlp.linear_fc1.weight": Rule("gate_up", ("mlp.gate_proj.weight", "mlp.up_proj.weight")),
     "mlp.linear_fc2.weight": Rule("row", ("mlp.down_proj.weight",)),
+    "mlp.router.weight": Rule("replicated", ("mlp.gate.weight",)),
 }
 """Below decoder.layers.N and model.layers.N."""
+
+EXPERT_RULES: dict[str, Rule] = {
+    "linear_fc1.weight": Rule("gate_up", ("gate_proj.weight", "up_proj.weight")),
+    "linear_fc2.weight": Rule("row", ("down_proj.weight",)),
+}
+"""Below mlp.experts.J, on both sides."""
 
 EMBEDDING, FINAL_NORM, OUTPUT = (
     "embedding.word_embeddings.weight",
@@ -67,6 +77,11 @@ LAYER_ALIASES: dict[str, str] = {
 PARTITION_DIMS: dict[Partition, int | None] = {"replicated": None, "qkv": 0, "gate_up": 0, "row": 1, "vocab": 0}
 
 
+_EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(linear_fc[12]\.weight)")
+_LOCAL_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12]\.weight)")  # one module for each
+_GROUPED_EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12]\.weight)(\d+)")  # Transformer Engine's grouped GEMM
+
+
 def partition_of(name: str) -> Partition:
     """How tensor parallelism cuts the Megatron parameter `name`. An unknown name raises ValueError, here and below."""
     return _rule(name).partition
@@ -77,10 +92,26 @@ def partition_dim(name: str) -> int | None:
     return PARTITION_DIMS[partition_of(name)]
 
 
-def canonical_name(name: str) -> str:
-    """Megatron's name under its local layer spec; Transformer Engine's fused norms have names of their own."""
+def canonical_name(name: str, *, first_expert: int = 0) -> str:
+    """The name used here for what Megatron calls `name`, whose experts are numbered from this rank's first.
+
+    Transformer Engine's fused norms and grouped experts have names of their own.
+    """
     layer, rest = _split_layer(name)
-    return name if layer is None else f"decoder.layers.{layer}.{LAYER_ALIASES.get(rest, rest)}"
+    if layer is None:
+        return name
+    rest = LAYER_ALIASES.get(rest, rest)
+    if found := _LOCAL_EXPERT.fullmatch(rest):
+        rest = f"mlp.experts.{first_expert + int(found[1])}.{found[2]}"
+    elif found := _GROUPED_EXPERT.fullmatch(rest):
+        rest = f"mlp.experts.{first_expert + int(found[2])}.{found[1]}"
+    return f"decoder.layers.{layer}.{rest}"
+
+
+def expert_of(name: str) -> int | None:
+    """The number of the expert that the canonical `name` belongs to; None: it is outside of experts."""
+    found = _EXPERT.fullmatch(_split_layer(name)[1])
+    return int(found[1]) if found else None
 
 
 def hf_names_of(name: str) -> tuple[str, ...]:
@@ -96,16 +127,30 @@ def hf_names(arch: Architecture) -> list[str]:
 
 
 def expected_megatron_names(
-    arch: Architecture, layers: Iterable[int], *, first_stage: bool, last_stage: bool
+    arch: Architecture,
+    layers: Iterable[int],
+    *,
+    first_stage: bool,
+    last_stage: bool,
+    experts: Iterable[int] | None = None,
 ) -> set[str]:
-    """The canonical names of the parameters of a pipeline stage that holds the global `layers`.
+    """The canonical names of the parameters of a rank that holds the global `layers`, and of these the global `experts`
+    (None: all).
 
     A tied model whose last stage is not its first holds its own copy of the embedding there, as output_layer.weight.
     """
     absent = set() if arch.qkv_bias else {"self_attention.linear_qkv.bias"}
     if not arch.qk_layernorm:
         absent |= {"self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"}
-    names = {f"decoder.layers.{layer}.{name}" for layer in layers for name in LAYER_RULES.keys() - absent}
+    of_layer: set[str] = set()
+    if arch.num_moe_experts:
+        absent |= {"mlp.linear_fc1.weight", "mlp.linear_fc2.weight"}
+        numbers = range(arch.num_moe_experts) if experts is None else experts
+        of_layer |= {f"mlp.experts.{expert}.{name}" for expert in numbers for name in EXPERT_RULES}
+    else:
+        absent.add("mlp.router.weight")
+    of_layer |= LAYER_RULES.keys() - absent
+    names = {f"decoder.layers.{layer}.{name}" for layer in layers for name in of_layer}
     if first_stage:
         names.add(EMBEDDING)
     if last_stage:
@@ -118,16 +163,19 @@ def expected_megatron_names(
 def shard_shape(name: str, arch: Architecture, *, tp_size: int, padded_vocab: int) -> tuple[int, ...]:
     """The shape of one tensor-parallel rank's part of the Megatron parameter `name`."""
     partition, hidden, dim = partition_of(name), arch.hidden_size, arch.kv_channels
+    ffn = arch.ffn_hidden_size if expert_of(name) is None else arch.moe_ffn_hidden_size or 0
     if partition == "vocab":
         return (padded_vocab // tp_size, hidden)
     if partition == "gate_up":
-        return (2 * arch.ffn_hidden_size // tp_size, hidden)
+        return (2 * ffn // tp_size, hidden)
     if partition == "qkv":
         rows = (arch.num_attention_heads + 2 * arch.num_query_groups) * dim // tp_size
         return (rows,) if name.endswith(".bias") else (rows, hidden)
     if partition == "row":
-        inputs = arch.ffn_hidden_size if "linear_fc2" in name else arch.num_attention_heads * dim
+        inputs = ffn if "linear_fc2" in name else arch.num_attention_heads * dim
         return (hidden, inputs // tp_size)
+    if name.endswith("router.weight"):
+        return (arch.num_moe_experts or 0, hidden)
     return (dim,) if name.endswith(("q_layernorm.weight", "k_layernorm.weight")) else (hidden,)
 
 
@@ -213,6 +261,9 @@ def _rule(name: str) -> Rule:
     layer, rest = _split_layer(name)
     rules = TOP_RULES if layer is None else LAYER_RULES
     rest = rest if layer is None else LAYER_ALIASES.get(rest, rest)
+    if layer is not None and (expert := _EXPERT.fullmatch(rest)):
+        rule = EXPERT_RULES[expert[2]]
+        return Rule(rule.partition, tuple(f"mlp.experts.{expert[1]}.{hf}" for hf in rule.hf))
     if rest not in rules:
         raise ValueError(f"no rule for the Megatron parameter {name}; known here: {sorted(rules)}")
     return rules[rest]

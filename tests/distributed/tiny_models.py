@@ -15,6 +15,7 @@ FAMILIES = {
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
 }
 VOCAB = 131  # divides by nothing: the vocabulary is padded under tensor parallelism
 
@@ -22,7 +23,9 @@ VOCAB = 131  # divides by nothing: the vocabulary is padded under tensor paralle
 def make_model(family: str, *, tied: bool, seed: int = 0) -> Any:
     """4 layers, 4 heads in 2 groups, weights large enough that every part matters; fp32, eval mode."""
     config_class, model_class = FAMILIES[family]
-    extra = {"head_dim": 12} if family == "qwen3" else {}
+    extra: dict[str, Any] = {"head_dim": 12} if family.startswith("qwen3") else {}
+    if family == "qwen3_moe":
+        extra |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
     config = config_class(
         vocab_size=VOCAB,
         hidden_size=40,
