@@ -12,7 +12,10 @@ from megatron_fipo.patches.megatron_cpu import (
     embedding_stays_on_cpu,
     group_of_one,
     optimizer_resume,
+    p2p_directions,
     rng_on_cpu,
+    router_without_te,
+    splits_as_numpy,
     tensor_type_names,
     torch_on_cpu,
 )
@@ -26,6 +29,9 @@ PATCHES: dict[str, Callable[[], None]] = {
     "embedding_stays_on_cpu": embedding_stays_on_cpu.apply,
     "optimizer_resume": optimizer_resume.apply,
     "group_of_one": group_of_one.apply,
+    "router_without_te": router_without_te.apply,
+    "splits_as_numpy": splits_as_numpy.apply,
+    "p2p_directions": p2p_directions.apply,
 }
 
 _applied: list[str] = []
