@@ -52,7 +52,7 @@ def future_kl(
     gamma = decay_factor(half_life)
     flags = as_bool_mask(mask, delta_logprobs).reshape(-1)
     values = delta_logprobs.detach().reshape(-1).to(compute_dtype(delta_logprobs))
-    scan = functools.partial(_segment_scan(values.device), values, flags)
+    scan = functools.partial(_segment_scan(delta_logprobs), values, flags)
     future, _ = scan_shared(scan, offsets, gamma, group)
     return future.view(delta_logprobs.shape)
 
@@ -112,6 +112,7 @@ def influence_weights(
             kernels.InfluenceBounds(
                 math.log(dual_clip), influence_low, influence_high, safety_threshold, semantics == "released"
             ),
+            row_len=_row_len(delta_logprobs),
         )
         offsets = sequence_offsets(delta_logprobs, cu_seqlens, _num_ranks(group))
         (weights, history), _ = scan_shared(fused, offsets, decay_factor(half_life), group)
@@ -262,16 +263,19 @@ def _num_ranks(group: Any | None) -> int:
     return 1 if group is None else group.size()
 
 
-def _segment_scan(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The scan for tensors of `device`: (values [T], mask [T] bool, offsets, gamma, carries) -> (F, totals).
+def _row_len(tensor: Tensor) -> int | None:
+    return tensor.shape[1] if tensor.dim() == 2 and tensor.numel() else None
+
+
+def _segment_scan(tensor: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The scan for what lies in `tensor`: (values [T], mask [T] bool, offsets, gamma, carries) -> (F, totals).
 
     F has the dtype of values, fp32 or float64; the rest as in `scan_shared`.
     """
-    if device.type == "cpu":
+    if tensor.device.type == "cpu":
         return _scan_in_order
-    if device.type == "cuda":
-        scan: Callable[..., tuple[Tensor, Tensor]] = _triton_kernels().scan_future_kl
-        return scan
+    if tensor.device.type == "cuda":
+        return functools.partial(_triton_kernels().scan_future_kl, row_len=_row_len(tensor))
     return _scan_in_blocks
 
 

@@ -199,7 +199,12 @@ def test_find_cycle_finds_one() -> None:
 
 
 def test_importing_the_trainer_loads_neither_megatron_nor_sglang() -> None:
-    names = [source.module for source in product() if source.part in {*DATA, *MIDDLE, "flags", "trainer"}]
+    names = [
+        source.module
+        for source in product()
+        # kernels are imported when they are called
+        if source.part in {*DATA, *MIDDLE, "flags", "trainer"} and not source.module.endswith("_triton")
+    ]
     code = f"import sys, importlib\nfor name in {names}: importlib.import_module(name)\n"
     code += "print(sorted({name.split('.')[0] for name in sys.modules} & {'megatron', 'sglang', 'triton'}))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
