@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor
 
 from megatron_fipo.config import PPOSettings
-from megatron_fipo.losses.policy import clipped_policy_terms, policy_result, policy_tokens
+from megatron_fipo.losses.policy import LossOptions, policy_loss
 
 
 def dapo_loss(
@@ -20,9 +20,7 @@ def dapo_loss(
     cu_seqlens: Tensor | None = None,
     group: Any | None = None,
     denominator: float | Tensor | None = None,
-    num_sequences: int | None = None,
-    max_response_len: int | None = None,
-    with_metrics: bool = True,
+    **options: Unpack[LossOptions],
 ) -> tuple[Tensor, dict[str, Any]]:
     """loss = sum over response tokens of L / number of response tokens (eq. 8), as `settings` say.
 
@@ -31,15 +29,15 @@ def dapo_loss(
 
     It is FIPO with f = 1 and no sequence drop. Arguments, result and errors: the package's docstring.
     """
-    tokens = policy_tokens(logprobs, old_logprobs, advantages, loss_mask, cu_seqlens=cu_seqlens, group=group)
-    terms = clipped_policy_terms(tokens.shift, tokens.advantages, settings)
-    return policy_result(
-        tokens,
-        terms,
-        tokens.mask,
+    return policy_loss(
+        logprobs,
+        old_logprobs,
+        advantages,
+        loss_mask,
         settings,
+        with_influence=False,
+        cu_seqlens=cu_seqlens,
+        group=group,
         denominator=denominator,
-        num_sequences=num_sequences,
-        max_response_len=max_response_len,
-        with_metrics=with_metrics,
+        **options,
     )

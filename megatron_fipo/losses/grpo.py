@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor
 
 from megatron_fipo.config import PPOSettings
 from megatron_fipo.losses.dapo import dapo_loss
+from megatron_fipo.losses.policy import LossOptions
 
 
 def grpo_loss(
@@ -20,9 +21,7 @@ def grpo_loss(
     cu_seqlens: Tensor | None = None,
     group: Any | None = None,
     denominator: float | Tensor | None = None,
-    num_sequences: int | None = None,
-    max_response_len: int | None = None,
-    with_metrics: bool = True,
+    **options: Unpack[LossOptions],
 ) -> tuple[Tensor, dict[str, Any]]:
     """loss = mean over sequences of the mean over a sequence's tokens of L (eq. 3 without its KL term).
 
@@ -40,7 +39,5 @@ def grpo_loss(
         cu_seqlens=cu_seqlens,
         group=group,
         denominator=denominator,
-        num_sequences=num_sequences,
-        max_response_len=max_response_len,
-        with_metrics=with_metrics,
+        **options,
     )

@@ -7,8 +7,10 @@ gathered over data-parallel ranks they give the numbers one big batch would have
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_fipo.config import FIPOSettings, PPOSettings
@@ -18,6 +20,7 @@ TokenStats = dict[str, Tensor]
 dual_clipped [n] bool; with FIPO also influence_weights [n] f and future_kl [n] F. And per micro-batch: loss_sum
 [1] float64 and num_kept [1] int64, the local sum of the loss and what it is divided by."""
 
+PER_CALL_STATS = ("loss_sum", "num_kept")
 MEAN_EPSILON = 1e-8  # the authors' masked mean is sum / (n + 1e-8)
 BOUND_SLACK = 1e-7  # an influence weight this close to a bound counts as clipped there
 
@@ -34,6 +37,32 @@ def collect_token_stats(parts: Sequence[TokenStats]) -> TokenStats:
         if set(part) != set(names):
             raise ValueError(f"token_stats of one update differ: {sorted(part)} and {sorted(names)}")
     return {name: torch.cat([part[name] for part in parts]) for name in names}
+
+
+def gather_token_stats(stats: TokenStats, group: Any | None) -> TokenStats:
+    """The token_stats of all ranks of `group` (the context-parallel axis), concatenated in rank order on each of them.
+
+    The same on every rank, float64 throughout. Costs 8 bytes per entry and response token: for a call that wants
+    metrics of its own, not for training. None or one rank: what was given.
+    """
+    if group is None or group.size() == 1:
+        return stats
+    names = [name for name in stats if name not in PER_CALL_STATS]
+    columns = torch.stack([stats[name].double() for name in names])
+    totals = torch.cat([stats[name].double() for name in PER_CALL_STATS])
+    num_tokens = torch.tensor([columns.shape[1]], device=columns.device)
+    lengths = [torch.empty_like(num_tokens) for _ in range(group.size())]
+    dist.all_gather(lengths, num_tokens, group=group)
+    longest = max(int(length) for length in lengths)
+    mine = torch.cat([columns, columns.new_zeros(len(names), longest - columns.shape[1])], dim=1)
+    flat = torch.cat([totals, mine.reshape(-1)])
+    shares = [torch.empty_like(flat) for _ in lengths]
+    dist.all_gather(shares, flat, group=group)
+    parts = []
+    for share, length in zip(shares, lengths):
+        values = share[len(PER_CALL_STATS) :].view(len(names), longest)[:, : int(length)]
+        parts.append(dict(zip([*names, *PER_CALL_STATS], [*values, *share[: len(PER_CALL_STATS)].split(1)])))
+    return collect_token_stats(parts)
 
 
 def update_metrics(token_stats: TokenStats, settings: PPOSettings) -> dict[str, float]:

@@ -56,12 +56,13 @@ def assert_close(found: Tensor, wanted: Any) -> None:
     torch.testing.assert_close(found.detach(), torch.as_tensor(wanted, dtype=torch.float64), rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("index", range(NUM_CASES))
-def test_padded_batch_equals_the_released_loss(golden: Any, index: int) -> None:
+def test_padded_batch_equals_the_released_loss(golden: Any, index: int, fused: bool) -> None:
     arrays, cases = golden
     logprobs, old, advantages, mask = inputs_of(arrays, index)
     logprobs.requires_grad_()
-    loss, info = fipo_loss(logprobs, old, advantages, mask, settings_of(cases[index]))
+    loss, info = fipo_loss(logprobs, old, advantages, mask, settings_of(cases[index]), fused=fused)
     loss.backward()
     assert_close(loss, cases[index]["metrics"]["pg_loss"])
     assert_close(logprobs.grad, arrays[f"{index}/grad_log_prob"])
@@ -70,15 +71,16 @@ def test_padded_batch_equals_the_released_loss(golden: Any, index: int) -> None:
     assert_metrics(info, cases[index]["metrics"])
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("index", range(NUM_CASES))
-def test_packed_batch_without_padding_equals_the_released_loss(golden: Any, index: int) -> None:
+def test_packed_batch_without_padding_equals_the_released_loss(golden: Any, index: int, fused: bool) -> None:
     arrays, cases = golden
     lengths = arrays[f"{index}/response_mask"].sum(1).astype(int)
     response = torch.from_numpy(arrays[f"{index}/response_mask"]).bool()  # every golden mask is a prefix of its row
     offsets = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
     logprobs, old, advantages, mask = (tensor[response] for tensor in inputs_of(arrays, index))
     logprobs.requires_grad_()
-    loss, info = fipo_loss(logprobs, old, advantages, mask, settings_of(cases[index]), cu_seqlens=offsets)
+    loss, info = fipo_loss(logprobs, old, advantages, mask, settings_of(cases[index]), cu_seqlens=offsets, fused=fused)
     loss.backward()
     assert_close(loss, cases[index]["metrics"]["pg_loss"])
     assert_close(logprobs.grad, torch.from_numpy(arrays[f"{index}/grad_log_prob"])[response])
@@ -87,14 +89,15 @@ def test_packed_batch_without_padding_equals_the_released_loss(golden: Any, inde
     assert_metrics(info, cases[index]["metrics"])
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("index", range(NUM_CASES))
-def test_one_row_at_a_time_adds_up_to_the_released_loss_and_metrics(golden: Any, index: int) -> None:
+def test_one_row_at_a_time_adds_up_to_the_released_loss_and_metrics(golden: Any, index: int, fused: bool) -> None:
     arrays, cases = golden
     settings = settings_of(cases[index])
     inputs = inputs_of(arrays, index)
     logprobs = inputs[0].requires_grad_()
     results = [
-        fipo_loss(*(tensor[row : row + 1] for tensor in inputs), settings, denominator=1)
+        fipo_loss(*(tensor[row : row + 1] for tensor in inputs), settings, denominator=1, fused=fused)
         for row in range(len(logprobs))
     ]
     total = sum(int(info["num_kept"]) for _, info in results)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -110,7 +111,8 @@ def pack(batch: Batch, lengths: list[int], order: list[int] | None = None) -> tu
 def test_fipo_equals_the_formulas(batch: Batch, semantics: Any, loss_agg: Any) -> None:
     settings = dataclasses.replace(BASE, semantics=semantics, loss_agg=loss_agg)
     wanted = value_and_gradient(lambda b: naive_loss(b, settings), batch)
-    assert_same(value_and_gradient(lambda b: fipo_loss(*b, settings)[0], batch), wanted)
+    for fused in (True, False):
+        assert_same(value_and_gradient(lambda b, fused=fused: fipo_loss(*b, settings, fused=fused)[0], batch), wanted)  # type: ignore[misc]
     assert float(wanted[1].abs().max()) > 1e-4
 
 
@@ -120,8 +122,9 @@ def test_fipo_equals_the_formulas(batch: Batch, semantics: Any, loss_agg: Any) -
 def test_dapo_and_grpo_equal_the_formulas(batch: Batch, dual_clip: float | None, loss_agg: Any) -> None:
     settings = PPOSettings(clip_high=0.2, dual_clip=dual_clip, loss_agg=loss_agg)
     wanted = value_and_gradient(lambda b: naive_loss(b, settings), batch)
-    for loss in (dapo_loss, grpo_loss):
-        assert_same(value_and_gradient(lambda b, loss=loss: loss(*b, settings)[0], batch), wanted)  # type: ignore[misc]
+    for loss, fused in itertools.product((dapo_loss, grpo_loss), (True, False)):
+        found = value_and_gradient(lambda b, loss=loss, fused=fused: loss(*b, settings, fused=fused)[0], batch)  # type: ignore[misc]
+        assert_same(found, wanted)
 
 
 def test_gradient_equals_finite_differences_with_the_influence_weights_held() -> None:
@@ -249,18 +252,19 @@ def test_micro_batches_add_up_to_the_batch() -> None:
 
 
 @pytest.mark.parametrize("garbage", [torch.nan, torch.inf, -torch.inf, 1e30])
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("name", LOSSES)
-def test_garbage_outside_the_mask_leaks_nowhere(garbage: float, name: str) -> None:
+def test_garbage_outside_the_mask_leaks_nowhere(garbage: float, name: str, fused: bool) -> None:
     settings = dataclasses.replace(BASE, semantics="released")
     batch = spiky_batch()
     mask = batch[3]
     dirty: Batch = (*(torch.where(mask, tensor, garbage) for tensor in batch[:3]), mask)
     assert_same(
-        value_and_gradient(lambda b: LOSSES[name](*b, settings)[0], dirty),
-        value_and_gradient(lambda b: LOSSES[name](*b, settings)[0], batch),
+        value_and_gradient(lambda b: LOSSES[name](*b, settings, fused=fused)[0], dirty),
+        value_and_gradient(lambda b: LOSSES[name](*b, settings, fused=fused)[0], batch),
         0.0,
     )
-    clean_info, dirty_info = LOSSES[name](*batch, settings)[1], LOSSES[name](*dirty, settings)[1]
+    clean_info, dirty_info = (LOSSES[name](*b, settings, fused=fused)[1] for b in (batch, dirty))
     for key, value in clean_info.items():
         if isinstance(value, Tensor):
             assert torch.equal(dirty_info[key], value), key
@@ -271,12 +275,15 @@ def test_garbage_outside_the_mask_leaks_nowhere(garbage: float, name: str) -> No
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("name", LOSSES)
-def test_broken_logprobs_in_the_response_reach_loss_and_gradient(bad: float, which: int, name: str) -> None:
+def test_broken_logprobs_in_the_response_reach_loss_and_gradient(
+    bad: float, which: int, name: str, fused: bool
+) -> None:
     batch = make_batch()
     position = tuple(batch[3].nonzero()[20].tolist())
     batch[which][position] = bad
-    loss, gradient = value_and_gradient(lambda b: LOSSES[name](*b, BASE)[0], batch)
+    loss, gradient = value_and_gradient(lambda b: LOSSES[name](*b, BASE, fused=fused)[0], batch)
     assert loss.isnan()
     assert gradient[position].isnan()
 
@@ -286,9 +293,10 @@ def test_a_broken_logprob_shows_even_when_its_sequence_is_dropped() -> None:
     settings = dataclasses.replace(BASE, semantics="released")
     first = tuple(batch[3][3].nonzero()[0].tolist())
     batch[0][3][first] = torch.nan
-    loss, info = fipo_loss(*batch, settings)
-    assert not info["loss_mask"][3].any()
-    assert loss.isnan()
+    for fused in (True, False):
+        loss, info = fipo_loss(*batch, settings, fused=fused)
+        assert not info["loss_mask"][3].any()
+        assert loss.isnan()
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -330,12 +338,16 @@ def test_info_keeps_the_shapes_and_the_mask_dtype_given() -> None:
         assert torch.equal(info["loss_mask"], batch[3].double())
 
 
-def test_groups_of_several_ranks_are_refused() -> None:
+def test_groups_of_several_ranks_want_packed_shares() -> None:
     batch = make_batch()
+    packed, offsets = pack(batch, [40] * 5)
+    four = SimpleNamespace(size=lambda: 4)
     for loss_fn in LOSSES.values():
         loss_fn(*batch, BASE, group=SimpleNamespace(size=lambda: 1))
-        with pytest.raises(ValueError, match="context parallelism is not built yet"):
-            loss_fn(*batch, BASE, group=SimpleNamespace(size=lambda: 2))
+        with pytest.raises(ValueError, match="packed"):
+            loss_fn(*batch, BASE, group=four)
+        with pytest.raises(ValueError, match="800"):
+            loss_fn(*packed, BASE, cu_seqlens=offsets, group=four)
 
 
 @pytest.mark.parametrize("name", LOSSES)

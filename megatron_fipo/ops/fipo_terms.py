@@ -1,0 +1,168 @@
+"""The clipped policy loss with its influence weights and its gradient, fused: log-probs in, d loss / d log-probs out.
+
+It is what `losses.policy` builds from tensor operations and autograd, in one pass without temporaries; `f = 1` and no
+scan for algorithms without influence weights. CPU tensors go through compiled loops, CUDA tensors through Triton.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_fipo.config import FIPOSettings, PPOSettings
+from megatron_fipo.ops.future_kl import RELEASED_SAFETY_RANGE, SHIFT_BOUND, decay_factor
+from megatron_fipo.ops.future_kl_sharded import piece_carries, piece_offsets
+
+FUSED_DEVICES = ("cpu", "cuda")
+
+
+@dataclass(frozen=True, eq=False)
+class FusedTerms:
+    """The loss before any sum over sequences. n counts the response tokens; per-sequence numbers are this rank's."""
+
+    loss_sums: Tensor  # [num_seqs] float64, sum of L over the sequence's response
+    num_tokens: Tensor  # [num_seqs] int64
+    num_dual_clipped: Tensor  # [num_seqs] int64
+    gradient: Tensor  # [T], dtype of the log-probs: d loss_sums / d logprobs
+    future_kl: Tensor | None  # [T], None without influence weights
+    influence_weights: Tensor | None  # [T], likewise
+    token_stats: dict[str, Tensor]  # shift, advantages, clipped, dual_clipped, influence_weights, future_kl: [n]
+
+
+def fused_terms(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    offsets: Tensor,
+    settings: PPOSettings,
+    *,
+    with_influence: bool,
+    group: Any | None = None,
+) -> FusedTerms:
+    """Loss, gradient and statistics of every sequence, as `settings` (FIPOSettings when with_influence) say.
+
+    logprobs, old_logprobs, advantages: [T], all fp32 or all float64; mask: [T] bool; entries outside it are never
+        read. offsets: [num_seqs + 1] int64, where the sequences lie in them.
+    group: context-parallel group; with several ranks the tensors are this rank's zigzag share, and F is exact over the
+        whole sequences (one exchange of a number per sequence and piece).
+    A NaN or infinite log-prob in the mask makes the loss of its sequence NaN, and its own gradient; through F also the
+    gradients before it.
+    """
+    if logprobs.device.type == "cuda":
+        from megatron_fipo.ops.fipo_terms_triton import fused_terms_triton
+
+        return fused_terms_triton(
+            logprobs,
+            old_logprobs,
+            advantages,
+            mask,
+            offsets,
+            settings,
+            with_influence=with_influence,
+            group=group,
+        )
+    assert logprobs.device.type == "cpu", f"no fused form on {logprobs.device}"
+    return _fused_terms_cpu(
+        logprobs, old_logprobs, advantages, mask, offsets, settings, with_influence=with_influence, group=group
+    )
+
+
+def scale_sequences(gradient: Tensor, factors: Tensor, offsets: Tensor) -> Tensor:
+    """gradient [T] times factors [num_seqs] float64 of its sequence; 0 times NaN stays NaN. Keeps gradient's dtype."""
+    if gradient.device.type == "cpu":
+        from megatron_fipo.ops.fipo_terms_cpu import fill_scaled
+
+        out = torch.empty_like(gradient)
+        fill_scaled(gradient.numpy(), factors.numpy(), offsets.numpy(), out.numpy())
+        return out
+    return gradient * factors.to(gradient.dtype).repeat_interleave(offsets.diff(), output_size=gradient.numel())
+
+
+def _fused_terms_cpu(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    offsets: Tensor,
+    settings: PPOSettings,
+    *,
+    with_influence: bool,
+    group: Any | None,
+) -> FusedTerms:
+    from megatron_fipo.ops.fipo_terms_cpu import TermArrays, TokenArrays, fill_terms, fill_totals
+
+    arrays = TokenArrays(*(x.detach().contiguous().numpy() for x in (logprobs, old_logprobs, advantages, mask)))
+    limits, gamma = _limits(settings, logprobs.dtype), 0.0
+    segments = offsets
+    carries = torch.zeros(offsets.numel() - 1, dtype=torch.float64)
+    if with_influence:
+        assert isinstance(settings, FIPOSettings), f"influence weights, but the settings are {settings}"
+        gamma = decay_factor(settings.half_life)
+        if group is not None and group.size() > 1:
+            segments = piece_offsets(offsets)
+            totals = torch.empty(segments.numel() - 1, dtype=torch.float64)
+            fill_totals(arrays, segments.numpy(), gamma, limits, totals.numpy())
+            carries = piece_carries(totals, offsets.diff() // 2, gamma, group)
+    num_tokens, num_response = logprobs.numel(), int(mask.sum())
+    num_scanned, num_scanned_response = (num_tokens, num_response) if with_influence else (0, 0)
+    out = {
+        "gradient": torch.empty_like(logprobs, memory_format=torch.contiguous_format),
+        "future_kl": logprobs.new_empty(num_scanned),
+        "influence_weights": logprobs.new_empty(num_scanned),
+        "stat_shift": logprobs.new_empty(num_response),
+        "stat_advantages": logprobs.new_empty(num_response),
+        "stat_clipped": mask.new_empty(num_response),
+        "stat_dual_clipped": mask.new_empty(num_response),
+        "stat_future_kl": logprobs.new_empty(num_scanned_response),
+        "stat_influence_weights": logprobs.new_empty(num_scanned_response),
+        "loss_sums": torch.empty_like(carries),
+        "num_tokens": torch.empty_like(carries, dtype=torch.int64),
+        "num_dual_clipped": torch.empty_like(carries, dtype=torch.int64),
+    }
+    term_arrays = TermArrays(**{name: tensor.detach().numpy() for name, tensor in out.items()})
+    fill_terms(arrays, segments.numpy(), carries.numpy(), gamma, with_influence, limits, term_arrays)
+    pieces_per_sequence = 1 if segments is offsets else 2
+    names = ["shift", "advantages", "clipped", "dual_clipped"]
+    names += ["influence_weights", "future_kl"] if with_influence else []
+    return FusedTerms(
+        **{
+            name: out[name].view(-1, pieces_per_sequence).sum(1)
+            for name in ("loss_sums", "num_tokens", "num_dual_clipped")
+        },
+        gradient=out["gradient"],
+        future_kl=out["future_kl"] if with_influence else None,
+        influence_weights=out["influence_weights"] if with_influence else None,
+        token_stats={name: out[f"stat_{name}"] for name in names},
+    )
+
+
+def _limits(settings: PPOSettings, dtype: torch.dtype) -> Any:
+    from megatron_fipo.ops.fipo_terms_cpu import Limits
+
+    scalar = torch.empty((), dtype=dtype).numpy().dtype.type
+    dual_clip = math.inf if settings.dual_clip is None else settings.dual_clip
+    low, high, threshold, safe_range = 1.0, 1.0, math.inf, (1.0, 1.0)
+    if isinstance(settings, FIPOSettings):
+        low, high, threshold = settings.influence_low, settings.influence_high, settings.safety_threshold
+        safe_range = RELEASED_SAFETY_RANGE if settings.semantics == "released" else (1.0, 1.0)
+    limits = Limits(
+        zero=0.0,
+        shift_bound=SHIFT_BOUND,
+        ratio_low=1 - settings.clip_low,
+        ratio_high=1 + settings.clip_high,
+        dual_clip=dual_clip,
+        log_dual_clip=math.log(dual_clip),
+        log_influence_low=math.log(low),
+        log_influence_high=math.log(high),
+        influence_low=low,
+        influence_high=high,
+        safety_threshold=threshold,
+        safe_low=safe_range[0],
+        safe_high=safe_range[1],
+    )
+    return Limits(*(scalar(value) for value in limits))
