@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -89,12 +90,11 @@ class PolicyModel(GPTModel):
 
     def _preprocess(self, **kwargs: Any) -> tuple[Any, ...]:
         packed = kwargs["packed_seq_params"]
-        prepared = super()._preprocess(**kwargs)
         if packed.qkv_format == "thd":
-            return prepared
-        decoder_input, _, *rest = prepared
-        # packed_seq: the whole table, which Megatron would else cut for this context-parallel rank
-        table = self.rotary_pos_emb(packed.max_seqlen_q, packed_seq=True)
+            return super()._preprocess(**kwargs)
+        # as "thd" Megatron gives the whole table; else it cuts it for this context-parallel rank
+        kwargs["packed_seq_params"] = replace(packed, qkv_format="thd")
+        decoder_input, table, *rest = super()._preprocess(**kwargs)
         return decoder_input, table.index_select(0, kwargs["position_ids"][0]), *rest
 
     def _postprocess(
