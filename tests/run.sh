@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Sets up what is missing, then runs the tests: bash tests/run.sh [unit|distributed|e2e|all] [pytest arguments]
+# Sets up what is missing, then runs the tests: bash tests/run.sh [unit|kernels|distributed|e2e|all] [pytest arguments]
 #
-# `unit` includes ruff and mypy. Stops at the first part that fails. However it ends, no process is left behind.
+# `unit` includes ruff and mypy; `kernels` runs the Triton kernels under Triton's interpreter, on the CPU. Stops at the
+# first part that fails. However it ends, no process is left behind.
 set -euo pipefail
 
 # A shell that starts this in its background makes it ignore SIGINT, which bash cannot undo by itself.
@@ -77,18 +78,23 @@ part() {
         run "$PYTHON" -m mypy || status=1
         [[ $status == 0 ]] || return 1
     fi
-    run "$PYTHON" -m pytest "tests/$name" "$@" || status=$?
+    local settings=()
+    if [[ $name == kernels ]]; then
+        run bash examples/setup_env.sh kernels || return 1
+        settings=(TRITON_INTERPRET=1 "PYTHONPATH=$ROOT/.venv/kernels${PYTHONPATH:+:$PYTHONPATH}")
+    fi
+    run "${settings[@]}" "$PYTHON" -m pytest "tests/$name" "$@" || status=$?
     # 5: nothing collected, which is right when the caller selected the tests
     [[ $status == 0 ]] || { [[ $status == 5 && $# -gt 0 ]]; }
 }
 
-PARTS=(unit distributed e2e)
+PARTS=(unit kernels distributed e2e)
 case ${1:-all} in
-    unit | distributed | e2e) PARTS=("$1") && shift ;;
+    unit | kernels | distributed | e2e) PARTS=("$1") && shift ;;
     all) shift $(($# > 0)) ;;
     -* | *::* | */*) ;; # pytest arguments alone
     *)
-        printf 'tests/run.sh: %s is no part of the tests; parts are unit, distributed, e2e, all\n' "$1" >&2
+        printf 'tests/run.sh: %s is no part of the tests; parts are unit, kernels, distributed, e2e, all\n' "$1" >&2
         exit 2
         ;;
 esac

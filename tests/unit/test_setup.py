@@ -34,6 +34,7 @@ case "$*" in
         ;;
     *torch.json) echo "${FAKE_CUDA_PACKAGES:-0}" ;;
     *importlib.metadata*) exit 1 ;;
+    "-m pytest"*) echo "TRITON_INTERPRET=$TRITON_INTERPRET PYTHONPATH=$PYTHONPATH $*" >>"$FAKE_CALLS" ;;
 esac
 """
 
@@ -64,8 +65,8 @@ def environment(repo: Path, **extra: str) -> dict[str, str]:
     return {**found, "PATH": path, "FAKE_CALLS": str(repo.parent / "calls"), **extra}
 
 
-def set_up(repo: Path, **extra: str) -> subprocess.CompletedProcess[str]:
-    arguments = ["bash", str(repo / "examples/setup_env.sh")]
+def set_up(repo: Path, *words: str, **extra: str) -> subprocess.CompletedProcess[str]:
+    arguments = ["bash", str(repo / "examples/setup_env.sh"), *words]
     return subprocess.run(
         arguments, cwd="/", env=environment(repo, **extra), capture_output=True, text=True, check=False, timeout=60
     )
@@ -110,6 +111,48 @@ def test_no_network_is_told_in_one_line_with_the_log(repo: Path) -> None:
     last = failed.stderr.splitlines()[-1]
     assert last.startswith("set-up failed: no network: pip could not reach its package index (log: ")
     assert says in (repo / ".venv/setup.log").read_text()
+
+
+def test_triton_is_set_up_when_asked_for_and_where_sglang_does_not_find_it(repo: Path) -> None:
+    assert set_up(repo).returncode == 0
+    assert not any("kernels" in call for call in pip_calls(repo))
+    asked = set_up(repo, "kernels")
+    assert asked.returncode == 0
+    assert "[1/1]" in asked.stderr
+    last = pip_calls(repo)[-1]
+    assert "--no-deps --target" in last
+    assert last.endswith(f"{repo}/.venv/kernels -r {repo}/requirements/kernels.txt")
+    num_calls = len(pip_calls(repo))
+    assert set_up(repo, "kernels").stderr == set_up(repo).stderr == ""
+    (repo / "requirements/kernels.txt").write_text("triton==9.9\n")
+    assert set_up(repo).stderr == ""
+    assert len(pip_calls(repo)) == num_calls
+    failed = set_up(repo, "kernels", FAKE_PIP_FAILS_ON="kernels.txt", FAKE_PIP_SAYS="ERROR: No match for triton==9.9")
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert "set-up failed: pip says: ERROR: No match for triton==9.9 (log: " in failed.stderr
+    assert "[1/1]" in set_up(repo, "kernels").stderr
+
+
+def test_both_are_set_up_at_once_and_other_words_are_refused(repo: Path) -> None:
+    assert "[7/7] done" in set_up(repo, "kernels").stderr
+    refused = set_up(repo, "kernel")
+    assert (refused.returncode, refused.stderr) == (
+        1,
+        "set-up failed: unknown argument: kernel (the only one there is: kernels)\n",
+    )
+
+
+def test_the_kernels_part_alone_sees_triton(repo: Path) -> None:
+    for part in ("distributed", "kernels"):
+        arguments = ["bash", str(repo / "tests/run.sh"), part]
+        env = environment(repo, PYTHONPATH="elsewhere")
+        found = subprocess.run(arguments, cwd="/", env=env, capture_output=True, text=True, check=False, timeout=60)
+        assert found.returncode == 0, found.stderr
+    calls = [call for call in pip_calls(repo) if "-m pytest tests" in call]
+    assert calls == [
+        "TRITON_INTERPRET= PYTHONPATH=elsewhere -m pytest tests/distributed",
+        f"TRITON_INTERPRET=1 PYTHONPATH={repo}/.venv/kernels:elsewhere -m pytest tests/kernels",
+    ]
 
 
 def test_a_wrong_python_is_named(repo: Path) -> None:
@@ -212,7 +255,7 @@ def test_ctrl_c_on_the_tests_ends_processes_that_left_their_session(repo: Path, 
         script.send_signal(signal.SIGINT)
         assert b"interrupted" in script.communicate(timeout=30)[0]
     assert script.returncode == 130
-    assert not any(is_running(pid) for pid in started)
+    wait_for(lambda: not any(is_running(pid) for pid in started), timeout_s=2.0)  # killed, perhaps not yet gone
 
 
 def test_extras_hold_the_pins_of_the_requirement_files(repo_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +276,7 @@ def test_extras_hold_the_pins_of_the_requirement_files(repo_root: Path, monkeypa
 
 def test_every_requirement_is_an_exact_version_given_once(repo_root: Path) -> None:
     named: dict[str, str] = {}
-    for name in ("torch", "build", "cpu", "cpu-no-deps", "test", "constraints"):
+    for name in ("torch", "build", "cpu", "cpu-no-deps", "test", "kernels", "constraints"):
         for pin in pins(repo_root, name):
             assert re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*", pin), f"{name}.txt: {pin}"
             package = re.sub(r"[-_.]+", "-", pin.partition("==")[0]).lower()
