@@ -75,6 +75,8 @@ def score_shards() -> dict[str, Any]:
             found[f"linear/{case}/{dtype}"] = score_linear(
                 hidden, weight[first : first + columns], labels, grad, vocab, group
             )
+    nothing = [x[:0] for x in (hidden, labels, grad)]
+    found["linear/no position"] = score_linear(nothing[0], weight[:columns], *nothing[1:], vocab, group)
     return found
 
 
@@ -121,3 +123,11 @@ def test_two_ranks_with_half_the_weight_find_what_one_finds(
     assert (weight - wanted["weight"]).abs().max() <= grad_tolerance
     assert (hidden - wanted["hidden"]).abs().max() <= grad_tolerance
     assert not weight[vocab:].any()
+
+
+def test_a_micro_batch_without_a_response_token_passes_the_collectives(shards: list[dict[str, Any]]) -> None:
+    for rank in shards:
+        found = rank["linear/no position"]
+        assert found["logprobs"].shape == found["entropy"].shape == (0,)
+        assert found["hidden"].shape == (0, HIDDEN)
+        assert not found["weight"].any()
