@@ -116,3 +116,20 @@ def hf_logprobs(model: Any, sequence: TrainSequence) -> torch.Tensor:
     labels = torch.cat([tokens[1:], tokens[:1]])
     mask = torch.from_numpy(sequence.loss_mask)
     return torch.where(mask, rows.gather(1, labels[:, None])[:, 0], 0.0)
+
+
+def published(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors under the names that checkpoints are published with: transformers 5 fuses all experts of a layer."""
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in named.items():
+        prefix, _, fused = name.partition(".experts.")
+        for expert, part in enumerate(tensor if fused else ()):
+            if fused == "gate_up_proj":
+                gate, up = part.chunk(2)
+                found[f"{prefix}.experts.{expert}.gate_proj.weight"] = gate
+                found[f"{prefix}.experts.{expert}.up_proj.weight"] = up
+            else:
+                found[f"{prefix}.experts.{expert}.{fused}.weight"] = part
+        if not fused:
+            found[name] = tensor
+    return found

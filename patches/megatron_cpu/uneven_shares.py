@@ -1,0 +1,56 @@
+"""Gather and reduce-scatter shares of different lengths over gloo.
+
+Why: the tensor-parallel ranks of an expert hold different numbers of its tokens; NCCL's all-gather and reduce-scatter
+    take lists of tensors of different lengths, gloo's do not: RuntimeError.
+Upstream: megatron.core.tensor_parallel.mappings._gather_along_first_dim and _reduce_scatter_along_first_dim with split
+    sizes, as the all-to-all token dispatcher calls them when --expert-tensor-parallel-size is above 1.
+Drop-when: gloo takes such lists.
+Test: tests/distributed/test_patch_megatron.py::test_uneven_shares_is_needed
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import mappings
+from torch import Tensor
+
+
+def apply() -> None:
+    """Wrap the two functions: what has no split sizes goes its old way."""
+    module: Any = mappings
+    gather, reduce_scatter = module._gather_along_first_dim, module._reduce_scatter_along_first_dim
+
+    @functools.wraps(gather)
+    def gather_any(input_: Tensor, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if output_split_sizes is None or group.size() == 1:
+            return gather(input_, group, output_split_sizes, use_global_buffer)
+        return _gather_uneven(input_, group, output_split_sizes)
+
+    @functools.wraps(reduce_scatter)
+    def reduce_any(input_: Tensor, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if input_split_sizes is None or group.size() == 1:
+            return reduce_scatter(input_, group, input_split_sizes, use_global_buffer)
+        return _reduce_scatter_uneven(input_, group, input_split_sizes)
+
+    module._gather_along_first_dim, module._reduce_scatter_along_first_dim = gather_any, reduce_any
+
+
+def _gather_uneven(share: Tensor, group: dist.ProcessGroup, sizes: Sequence[int]) -> Tensor:
+    """[sizes[rank], ...] of every rank, one after the other: [sum(sizes), ...]. All travel at the longest one's length."""
+    padded = share.new_zeros(max(sizes), *share.shape[1:])
+    padded[: len(share)] = share
+    shares = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(shares, padded, group=group)
+    return torch.cat([each[:size] for each, size in zip(shares, sizes)])
+
+
+def _reduce_scatter_uneven(whole: Tensor, group: dist.ProcessGroup, sizes: Sequence[int]) -> Tensor:
+    """[sum(sizes), ...] summed over the ranks; this rank's [sizes[rank], ...] of it."""
+    summed = whole.contiguous().clone()
+    dist.all_reduce(summed, group=group)
+    return summed.split(list(sizes))[group.rank()]
