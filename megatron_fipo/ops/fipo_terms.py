@@ -6,6 +6,7 @@ scan for algorithms without influence weights. CPU tensors go through compiled l
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.config import FIPOSettings, PPOSettings
-from megatron_fipo.ops.future_kl import RELEASED_SAFETY_RANGE, SHIFT_BOUND, decay_factor
+from megatron_fipo.ops.future_kl import RELEASED_SAFETY_RANGE, SHIFT_BOUND, decay_factor, scan_shared
 from megatron_fipo.ops.future_kl_sharded import piece_carries, piece_offsets
 
 FUSED_DEVICES = ("cpu", "cuda")
@@ -53,23 +54,11 @@ def fused_terms(
     A NaN or infinite log-prob in the mask makes the loss of its sequence NaN, and its own gradient; through F also the
     gradients before it.
     """
-    if logprobs.device.type == "cuda":
-        from megatron_fipo.ops.fipo_terms_triton import fused_terms_triton
-
-        return fused_terms_triton(
-            logprobs,
-            old_logprobs,
-            advantages,
-            mask,
-            offsets,
-            settings,
-            with_influence=with_influence,
-            group=group,
-        )
-    assert logprobs.device.type == "cpu", f"no fused form on {logprobs.device}"
-    return _fused_terms_cpu(
-        logprobs, old_logprobs, advantages, mask, offsets, settings, with_influence=with_influence, group=group
-    )
+    assert logprobs.device.type in FUSED_DEVICES, f"no fused form on {logprobs.device}"
+    assert isinstance(settings, FIPOSettings) or not with_influence, f"influence weights, but settings are {settings}"
+    make_terms = compiled_terms if logprobs.device.type == "cpu" else triton_terms
+    inputs = (x.detach().contiguous() for x in (logprobs, old_logprobs, advantages, mask))
+    return make_terms(*inputs, offsets, settings, with_influence=with_influence, group=group)
 
 
 def scale_sequences(gradient: Tensor, factors: Tensor, offsets: Tensor) -> Tensor:
@@ -83,7 +72,7 @@ def scale_sequences(gradient: Tensor, factors: Tensor, offsets: Tensor) -> Tenso
     return gradient * factors.to(gradient.dtype).repeat_interleave(offsets.diff(), output_size=gradient.numel())
 
 
-def _fused_terms_cpu(
+def compiled_terms(
     logprobs: Tensor,
     old_logprobs: Tensor,
     advantages: Tensor,
@@ -92,16 +81,17 @@ def _fused_terms_cpu(
     settings: PPOSettings,
     *,
     with_influence: bool,
-    group: Any | None,
+    group: Any | None = None,
 ) -> FusedTerms:
+    """`fused_terms` of contiguous CPU tensors without gradient, by loops that numba compiles on first use (2 s)."""
     from megatron_fipo.ops.fipo_terms_cpu import TermArrays, TokenArrays, fill_terms, fill_totals
 
-    arrays = TokenArrays(*(x.detach().contiguous().numpy() for x in (logprobs, old_logprobs, advantages, mask)))
+    arrays = TokenArrays(*(x.numpy() for x in (logprobs, old_logprobs, advantages, mask)))
     limits, gamma = _limits(settings, logprobs.dtype), 0.0
     segments = offsets
     carries = torch.zeros(offsets.numel() - 1, dtype=torch.float64)
     if with_influence:
-        assert isinstance(settings, FIPOSettings), f"influence weights, but the settings are {settings}"
+        assert isinstance(settings, FIPOSettings)
         gamma = decay_factor(settings.half_life)
         if group is not None and group.size() > 1:
             segments = piece_offsets(offsets)
@@ -124,7 +114,7 @@ def _fused_terms_cpu(
         "num_tokens": torch.empty_like(carries, dtype=torch.int64),
         "num_dual_clipped": torch.empty_like(carries, dtype=torch.int64),
     }
-    term_arrays = TermArrays(**{name: tensor.detach().numpy() for name, tensor in out.items()})
+    term_arrays = TermArrays(**{name: tensor.numpy() for name, tensor in out.items()})
     fill_terms(arrays, segments.numpy(), carries.numpy(), gamma, with_influence, limits, term_arrays)
     pieces_per_sequence = 1 if segments is offsets else 2
     names = ["shift", "advantages", "clipped", "dual_clipped"]
@@ -138,6 +128,71 @@ def _fused_terms_cpu(
         future_kl=out["future_kl"] if with_influence else None,
         influence_weights=out["influence_weights"] if with_influence else None,
         token_stats={name: out[f"stat_{name}"] for name in names},
+    )
+
+
+def triton_terms(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    offsets: Tensor,
+    settings: PPOSettings,
+    *,
+    with_influence: bool,
+    group: Any | None = None,
+) -> FusedTerms:
+    """`fused_terms` of contiguous CUDA tensors without gradient, by Triton: shifts, scan, clipped losses.
+
+    CPU tensors work too under TRITON_INTERPRET=1. Raises RuntimeError when triton is not installed.
+    """
+    try:
+        from megatron_fipo.ops import fipo_terms_triton, future_kl_triton
+    except ModuleNotFoundError as error:
+        raise RuntimeError("the fused loss of CUDA tensors needs triton: pip install triton, or fused=False") from error
+    shift, outside = fipo_terms_triton.masked_shifts(logprobs, old_logprobs, mask, SHIFT_BOUND)
+    weights = future_kl = None
+    if with_influence:
+        assert isinstance(settings, FIPOSettings)
+        assert settings.dual_clip is not None
+        bounds = future_kl_triton.InfluenceBounds(
+            math.log(settings.dual_clip),
+            settings.influence_low,
+            settings.influence_high,
+            settings.safety_threshold,
+            settings.semantics == "released",
+        )
+        scan = functools.partial(future_kl_triton.scan_influence, shift, mask, advantages, bounds)
+        (weights, future_kl), _ = scan_shared(scan, offsets, decay_factor(settings.half_life), group)
+    terms = fipo_terms_triton.clip_sequences(
+        shift,
+        outside,
+        advantages,
+        mask,
+        weights,
+        offsets,
+        clip_low=settings.clip_low,
+        clip_high=settings.clip_high,
+        dual_clip=settings.dual_clip,
+    )
+    response = mask.nonzero().view(-1)
+    decisions = terms.decisions[response]
+    stats = {
+        "shift": shift[response],
+        "advantages": advantages[response],
+        "clipped": decisions & fipo_terms_triton.CLIPPED.value != 0,
+        "dual_clipped": decisions & fipo_terms_triton.DUAL_CLIPPED.value != 0,
+    }
+    if weights is not None and future_kl is not None:
+        stats |= {"influence_weights": weights[response], "future_kl": future_kl[response]}
+    return FusedTerms(
+        loss_sums=terms.loss_sums,
+        num_tokens=terms.num_tokens,
+        num_dual_clipped=terms.num_dual_clipped,
+        gradient=terms.gradient,
+        future_kl=future_kl,
+        influence_weights=weights,
+        token_stats=stats,
     )
 
 
