@@ -19,7 +19,6 @@ from megatron_fipo.config import (
     DataSettings,
     EngineSettings,
     FIPOSettings,
-    MegatronSettings,
     PPOSettings,
     RolloutSettings,
     RunSettings,
@@ -29,6 +28,7 @@ from megatron_fipo.flags.command_line import Given, read_arguments
 from megatron_fipo.flags.presets import PRESETS
 from megatron_fipo.flags.render import help_text, megatron_help_text, sglang_help_text
 from megatron_fipo.flags.table import DEFAULT_ALGORITHM, all_options
+from megatron_fipo.megatron_config import MegatronSettings
 
 S = TypeVar("S")
 

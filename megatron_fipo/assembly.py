@@ -51,6 +51,9 @@ def build_trainer_side(settings: Settings, checked: Checked, groups: Groups) -> 
         max_tokens_per_micro_batch=settings.batch.max_tokens_per_micro_batch,
         max_response_len=settings.rollout.rollout_max_response_len,
         vocab_divisible_by=int(megatron.model.get("make_vocab_size_divisible_by", 1)),
+        temperature=settings.rollout.rollout_temperature,
+        # all at once: one chunk that nothing is longer than
+        logprobs_chunk_size=settings.batch.log_probs_chunk_size if settings.batch.log_probs_chunk_size > 0 else 2**31,
     )
 
 

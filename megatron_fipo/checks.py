@@ -42,6 +42,7 @@ def check_run(settings: Settings, environment: Mapping[str, str]) -> Checked:
     """
     rank, world_size = ranks_from_environment(environment)
     megatron = settings.megatron
+    num_layers = read_architecture(settings.run.hf_checkpoint).num_layers
     layout = ParallelLayout.for_world(
         world_size,
         rank,
@@ -49,8 +50,10 @@ def check_run(settings: Settings, environment: Mapping[str, str]) -> Checked:
         pp=megatron.pipeline_model_parallel_size,
         cp=megatron.context_parallel_size,
         sequence_parallel=megatron.sequence_parallel,
+        vpp=megatron.virtual_stages(num_layers),
     )
     device = choose_device(settings)
+    _check_pipeline_overlap(settings, layout, device)
     arch, weights = check_checkpoint(settings, layout)
     _check_directories(settings)
     return Checked(layout, device, choose_transformer_impl(settings, device), arch, weights)
@@ -146,6 +149,23 @@ def check_checkpoint(settings: Settings, layout: ParallelLayout) -> tuple[Archit
     )
     check_hf_shapes(arch, weights)
     return arch, weights
+
+
+def _check_pipeline_overlap(settings: Settings, layout: ParallelLayout, device: torch.device) -> None:
+    """Interleaved stages communicate while they compute on NCCL, and must not on gloo."""
+    fields = settings.megatron.transformer
+    require(
+        device.type == "cuda" or not fields.get("overlap_p2p_comm_warmup_flush"),
+        "--overlap-p2p-communication-warmup-flush",
+        True,
+        "absent where there is no CUDA device: on gloo, pipeline communication that overlaps gives wrong gradients",
+    )
+    require(
+        device.type != "cuda" or layout.vpp == 1 or layout.pp > 2 or fields.get("overlap_p2p_comm", True),
+        "--no-overlap-p2p-communication",
+        True,
+        "absent with interleaved stages on --pipeline-model-parallel-size 2: both neighbours are the same rank",
+    )
 
 
 def _check_directories(settings: Settings) -> None:

@@ -104,6 +104,9 @@ class BatchSettings:
     n_samples_per_prompt: int = setting(16, "responses drawn per prompt (G)")
     num_updates_per_rollout: int = setting(8, "updates per rollout batch; FIPO needs at least 2")
     max_tokens_per_micro_batch: int = setting(32768, "token budget of one packed micro-batch on one rank")
+    log_probs_chunk_size: int = setting(
+        1024, "tokens whose logits exist at a time; backward makes all but the last chunk again; -1: all at once"
+    )
 
     @property
     def num_samples(self) -> int:
@@ -126,6 +129,12 @@ class BatchSettings:
             ">= 1",
         )
         require(
+            self.log_probs_chunk_size >= 1 or self.log_probs_chunk_size == -1,
+            "--log-probs-chunk-size",
+            self.log_probs_chunk_size,
+            ">= 1 token, or -1 for all at once",
+        )
+        require(
             self.rollout_batch_size % self.num_updates_per_rollout == 0,
             "--num-updates-per-rollout",
             self.num_updates_per_rollout,
@@ -139,7 +148,9 @@ class RolloutSettings:
 
     rollout_max_prompt_len: int = setting(2048, "longest prompt, tokens; a longer one is an error")
     rollout_max_response_len: int = setting(20480, "longest response, tokens")
-    rollout_temperature: float = setting(1.0, "sampling temperature of training rollouts")
+    rollout_temperature: float = setting(
+        1.0, "sampling temperature of training rollouts, and of the log-probs trained on"
+    )
     dynamic_sampling: bool | None = setting(
         None,
         "fill the batch with groups whose accuracies differ (default: not for grpo)",
@@ -156,12 +167,7 @@ class RolloutSettings:
     def __post_init__(self) -> None:
         require(self.rollout_max_prompt_len >= 1, "--rollout-max-prompt-len", self.rollout_max_prompt_len, ">= 1")
         require(self.rollout_max_response_len >= 1, "--rollout-max-response-len", self.rollout_max_response_len, ">= 1")
-        require(
-            self.rollout_temperature == 1.0,
-            "--rollout-temperature",
-            self.rollout_temperature,
-            "1.0: the loss compares log-probs of the untempered policy",
-        )
+        require(self.rollout_temperature > 0, "--rollout-temperature", self.rollout_temperature, "> 0")
         require(
             self.over_sampling_batch_size is None or self.over_sampling_batch_size >= 1,
             "--over-sampling-batch-size",
@@ -307,93 +313,3 @@ class EngineSettings:
         require(self.weight_bucket_mb >= 1, "--weight-bucket-mb", self.weight_bucket_mb, ">= 1 MiB")
         require(self.start_timeout_s > 0, "--rollout-start-timeout-s", self.start_timeout_s, "> 0 seconds")
         require(self.request_timeout_s > 0, "--rollout-request-timeout-s", self.request_timeout_s, "> 0 seconds")
-
-
-@dataclass(frozen=True)
-class MegatronSettings:
-    """What the trainer tells Megatron, as plain values.
-
-    The mappings hold only what was given explicitly, under megatron-core's field names, enums and dtypes by their names
-    ("flash", "bf16"): `transformer` for TransformerConfig, `optimizer` for OptimizerConfig, `ddp` for
-    DistributedDataParallelConfig. `model` holds what Megatron-LM keeps outside of them: the checkpoint supplies it, so
-    it is only compared. A field of this class never appears in a mapping.
-    """
-
-    tensor_model_parallel_size: int = setting(1, "tensor-parallel ranks")
-    pipeline_model_parallel_size: int = setting(1, "pipeline stages")
-    context_parallel_size: int = setting(1, "context-parallel ranks")
-    sequence_parallel: bool = setting(False, "shard activations between the tensor-parallel parts along the sequence")
-    bf16: bool = setting(False, "compute in bf16 on fp32 master weights (default: fp32 throughout)")
-    transformer_impl: Literal["local", "transformer_engine"] | None = setting(
-        None, "the trainer's layers, by default transformer_engine on CUDA and else local"
-    )
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where the trainer runs; auto: CUDA when there is any")
-    lr: float = setting(1e-6, "learning rate after the warm-up")
-    lr_decay_style: Literal["constant"] = setting("constant", "the schedule after the warm-up")
-    lr_warmup_iters: int = setting(10, "updates of linear warm-up")
-    weight_decay: float = setting(0.1, "decoupled weight decay; norms and biases are not decayed")
-    clip_grad: float = setting(1.0, "largest gradient norm; 0 switches clipping off")
-    adam_beta1: float = setting(0.9, "Adam's decay of the mean of gradients")
-    adam_beta2: float = setting(0.999, "Adam's decay of the mean of squares")
-    adam_eps: float = setting(1e-8, "Adam's epsilon")
-    model: Mapping[str, Any] = field(default_factory=dict)
-    transformer: Mapping[str, Any] = field(default_factory=dict)
-    optimizer: Mapping[str, Any] = field(default_factory=dict)
-    ddp: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def optimizer_fields(self) -> dict[str, Any]:
-        """OptimizerConfig's fields as this run wants them: our defaults, then what was given explicitly."""
-        names = ("lr", "weight_decay", "clip_grad", "adam_beta1", "adam_beta2", "adam_eps")
-        return {name: getattr(self, name) for name in names} | dict(self.optimizer)
-
-    def __post_init__(self) -> None:
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
-            require(getattr(self, name) >= 1, "--" + name.replace("_", "-"), getattr(self, name), ">= 1")
-        require(
-            not self.sequence_parallel or self.tensor_model_parallel_size > 1,
-            "--sequence-parallel",
-            True,
-            f"used with --tensor-model-parallel-size ({self.tensor_model_parallel_size}) > 1",
-        )
-        require(0 <= self.lr < 1, "--lr", self.lr, "in [0, 1)")
-        min_lr = self.optimizer.get("min_lr", 0.0)
-        require(0 <= min_lr <= self.lr, "--min-lr", min_lr, f"between 0 and --lr ({self.lr})")
-        require(self.lr_warmup_iters >= 0, "--lr-warmup-iters", self.lr_warmup_iters, ">= 0 updates")
-        require(0 <= self.weight_decay < 1, "--weight-decay", self.weight_decay, "in [0, 1)")
-        require(self.clip_grad >= 0, "--clip-grad", self.clip_grad, ">= 0")
-        require(0 <= self.adam_beta1 < 1, "--adam-beta1", self.adam_beta1, "in [0, 1)")
-        require(0 <= self.adam_beta2 < 1, "--adam-beta2", self.adam_beta2, "in [0, 1)")
-        require(0 < self.adam_eps < 1, "--adam-eps", self.adam_eps, "in (0, 1)")
-        require(
-            not (self.transformer_impl == "transformer_engine" and self.device == "cpu"),
-            "--transformer-impl",
-            self.transformer_impl,
-            "local when --device is cpu: Transformer Engine needs CUDA",
-        )
-        require(
-            self.transformer_impl != "local" or not (self.transformer.get("fp8") or self.transformer.get("fp4")),
-            "--transformer-impl",
-            self.transformer_impl,
-            "transformer_engine with --fp8-format or --fp4-format",
-        )
-        for name in ("hidden_dropout", "attention_dropout"):
-            require(
-                self.transformer.get(name, 0) == 0,
-                "--" + name.replace("_", "-"),
-                self.transformer.get(name),
-                "0: with dropout the log-probs of the policy and of its old self differ before any update",
-            )
-        require(
-            self.optimizer.get("optimizer", "adam") == "adam", "--optimizer", self.optimizer.get("optimizer"), "adam"
-        )
-        self._check_recompute()
-
-    def _check_recompute(self) -> None:
-        granularity = self.transformer.get("recompute_granularity")
-        for name in ("recompute_method", "recompute_num_layers"):
-            flag, value = "--" + name.replace("_", "-"), self.transformer.get(name)
-            if granularity == "full":
-                require(value is not None, flag, value, "given with --recompute-granularity full")
-            else:
-                require(value is None, flag, value, f"unset unless --recompute-granularity ({granularity}) is full")

@@ -191,11 +191,13 @@ def build_actor(
     max_tokens_per_micro_batch: int,
     max_response_len: int,
     vocab_divisible_by: int = 1,
+    temperature: float = 1.0,
+    logprobs_chunk_size: int = 1024,
 ) -> Actor:
     """Build this rank's stage, load its weights, and make the optimizer over them.
 
-    `transformer`, `ddp` and `optimizer` are the user's megatron-core fields. Raises ValueError for a layout that does
-    not divide the architecture. Collective over all ranks.
+    `transformer`, `ddp` and `optimizer` are the user's megatron-core fields; log-probs are those at `temperature`.
+    Raises ValueError for a layout that does not divide the architecture. Collective over all ranks.
     """
     check_layout(arch, layout)
     padded_vocab = padded_vocab_size(arch.vocab_size, layout.tp, vocab_divisible_by)
@@ -207,6 +209,8 @@ def build_actor(
         padded_vocab=padded_vocab,
         transformer_impl=transformer_impl,
         ddp=ddp,
+        temperature=temperature,
+        logprobs_chunk_size=logprobs_chunk_size,
         device=device,
     )
     load_hf_weights(chunks, arch, weights, layout, padded_vocab=padded_vocab)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from megatron_fipo.actor.local_spec import Pack, PackedAttention, local_block_spec
 from megatron_fipo.actor.moe_layers import ROUTER_FIELDS
-from megatron_fipo.ops.logprobs import vocab_parallel_logprobs
+from megatron_fipo.ops.linear_logprobs import linear_logprobs
 from megatron_fipo.parallel import ParallelLayout
 from megatron_fipo.types import PackedBatch
 from megatron_fipo.weights.architecture import Architecture, to_gpt_model_fields, to_transformer_fields
@@ -32,6 +32,7 @@ _WITHOUT_CUDA = {
     "apply_rope_fusion": False,
     "persist_layer_norm": False,
     "batch_p2p_comm": False,
+    "overlap_p2p_comm": False,  # gives wrong gradients on gloo
 }
 
 
@@ -69,6 +70,8 @@ def transformer_config(
         "output_layer_init_method": _leave_uninitialised,
         "embedding_init_method": _leave_uninitialised,
     }
+    if layout.vpp > 1:
+        fields.update(overlap_p2p_comm=True, batch_p2p_comm=False)  # Megatron-LM's default
     if device.type == "cpu":
         fields.update(_WITHOUT_CUDA)
     return TransformerConfig(**{**fields, **overrides})
@@ -81,12 +84,15 @@ def _leave_uninitialised(weight: Tensor) -> Tensor:
 class PolicyModel(GPTModel):
     """GPTModel with log-probs and entropy as its output: `[2, T]` fp32 on the last stage, 0 where `loss_mask` is False.
 
-    Only the masked positions go through the vocabulary projection, so prompts cost no logits.
+    Only the masked positions go through the vocabulary projection, so prompts cost no logits, and no more than
+    `logprobs_chunk_size` of them at a time.
     """
 
-    def __init__(self, *, true_vocab_size: int, **kwargs: Any) -> None:
+    def __init__(self, *, true_vocab_size: int, temperature: float, logprobs_chunk_size: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.true_vocab_size = true_vocab_size
+        self.temperature = temperature
+        self.logprobs_chunk_size = logprobs_chunk_size
 
     def _preprocess(self, **kwargs: Any) -> tuple[Any, ...]:
         packed = kwargs["packed_seq_params"]
@@ -122,9 +128,14 @@ class PolicyModel(GPTModel):
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         if not self.config.sequence_parallel:
             chosen = _SumGradients.apply(chosen, tp_group)
-        logits = F.linear(chosen[:, 0], self.output_layer.weight if weight is None else weight)  # [N, V_local]
-        logprobs, entropy = vocab_parallel_logprobs(
-            logits, labels[positions], vocab_size=self.true_vocab_size, group=tp_group
+        logprobs, entropy = linear_logprobs(
+            chosen[:, 0],
+            self.output_layer.weight if weight is None else weight,
+            labels[positions],
+            vocab_size=self.true_vocab_size,
+            group=tp_group,
+            temperature=self.temperature,
+            chunk_size=self.logprobs_chunk_size,
         )
         out = logprobs.new_zeros(2, labels.numel())
         return out.index_copy(1, positions, torch.stack([logprobs, entropy]))
@@ -154,6 +165,8 @@ def build_policy(
     padded_vocab: int,
     transformer_impl: str,
     ddp: Mapping[str, Any],
+    temperature: float,
+    logprobs_chunk_size: int,
     device: torch.device,
 ) -> list[DistributedDataParallel]:
     """This rank's chunks of the model (one, unless stages are interleaved), without weights yet, in Megatron's DDP."""
@@ -165,6 +178,8 @@ def build_policy(
         chunk_index = index if layout.vpp > 1 else None
         model = PolicyModel(
             true_vocab_size=arch.vocab_size,
+            temperature=temperature,
+            logprobs_chunk_size=logprobs_chunk_size,
             config=config,
             transformer_layer_spec=_block_spec(
                 config, arch.num_layers // (layout.pp * layout.vpp), transformer_impl, chunk_index

@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_fipo.config import MegatronSettings
 from megatron_fipo.flags.dataclass_source import SourceField, literal, read_fields, value_type
 from megatron_fipo.flags.megatron_lm_names import MEGATRON_LM_FLAGS
 from megatron_fipo.flags.megatron_unsupported import unsupported_reason
 from megatron_fipo.flags.option import VALUE, Option, ValueType
+from megatron_fipo.megatron_config import MegatronSettings
 
 CONFIG_SOURCES: Mapping[str, tuple[tuple[str, str], ...]] = {
     "transformer": (

@@ -17,7 +17,7 @@ _INFERENCE = "SGLang generates, not Megatron: see --help-sglang"
 _FP16 = "fp16 and its loss scaling are not supported: use --bf16"
 _WEIGHTS = "weights come from --hf-checkpoint or --load"
 _OFFLOAD = "offloading is not supported"
-_VIRTUAL = "interleaved (virtual) pipeline stages are not supported"
+_GATHER = "weights go to the engines right after an update, so they are gathered in it"
 _UNEVEN = "every pipeline stage has the same number of layers"
 _GRAPHS = "CUDA graphs need fixed shapes; batches are packed to varying lengths"
 _SCHEDULE = "the learning rate is constant after --lr-warmup-iters updates"
@@ -45,8 +45,8 @@ UNSUPPORTED_FLAGS: Mapping[str, str] = {
     "--warmup": "use --lr-warmup-iters",
     "--use-mcore-models": "megatron-core's models are the only ones",
     "--local-rank": "ranks come from the launcher's environment",
-    "--overlap-param-gather-with-optimizer-step": _VIRTUAL,
-    "--overlap-param-gather": "weights go to the engines right after an update, so they are gathered in it",
+    "--overlap-param-gather-with-optimizer-step": _GATHER,
+    "--overlap-param-gather": _GATHER,
     "--decoder-first-pipeline-num-layers": _UNEVEN,
     "--decoder-last-pipeline-num-layers": _UNEVEN,
     "--account-for-*-in-pipeline-split": _UNEVEN,
@@ -120,10 +120,7 @@ UNSUPPORTED_FLAGS: Mapping[str, str] = {
     "--*offload*": _OFFLOAD,
     "--overlap-cpu-optimizer-d2h-h2d": _OFFLOAD,
     "--no-pin-cpu-*": _OFFLOAD,
-    "--num-layers-per-virtual-pipeline-stage": _VIRTUAL,
-    "--num-virtual-stages-per-pipeline-rank": _VIRTUAL,
-    "--microbatch-group-size-*": _VIRTUAL,
-    "--*overlap-p2p-communication*": _VIRTUAL,
+    "--microbatch-group-size-*": "interleaved stages take micro-batches in groups of the pipeline's size",
     "--defer-embedding-wgrad-compute": "it is not supported",
     "--wgrad-deferral-limit": "it is not supported",
     "--tensor-parallel-num-weight-shards": "it is not supported",

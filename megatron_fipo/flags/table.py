@@ -8,7 +8,6 @@ from megatron_fipo.config import (
     DataSettings,
     EngineSettings,
     FIPOSettings,
-    MegatronSettings,
     RolloutSettings,
     RunSettings,
 )
@@ -16,6 +15,7 @@ from megatron_fipo.flags.megatron_table import megatron_options
 from megatron_fipo.flags.option import VALUE, Option, ValueType, options_of, shown_default
 from megatron_fipo.flags.presets import PRESETS
 from megatron_fipo.flags.sglang_table import sglang_options
+from megatron_fipo.megatron_config import MegatronSettings
 
 RUN = "run"
 MODEL = "model and parallelism"

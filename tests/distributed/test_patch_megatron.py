@@ -38,6 +38,7 @@ TARGETS: dict[str, tuple[tuple[str, str], ...]] = {
         ("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer._set_main_param_and_optimizer_states"),
         ("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer.load_state_dict"),
     ),
+    "p2p_directions": (("megatron.core.pipeline_parallel.p2p_communication", "P2PCommunicator._communicate"),),
     "group_of_one": (
         ("megatron.core.distributed.param_and_grad_buffer", "dist_reduce_scatter_func"),
         ("megatron.core.distributed.param_and_grad_buffer", "dist_all_gather_func"),
@@ -99,6 +100,15 @@ def test_group_of_one_is_needed(findings: dict[str, Any]) -> None:
     assert min(found["copies_without"]) >= 1
     assert found["copies_with"] == [0, 0]
     assert found["elsewhere"] == [0.0, 1.0, 2.0, 3.0]  # into a tensor of its own it still copies
+
+
+def test_p2p_directions_is_needed(tmp_path: Path) -> None:
+    for rank, found in enumerate(run_ranks(tmp_path, 2, try_p2p_directions)):
+        other = 1 - rank
+        up, down = [2 + other, 1, 1], [5 + other, 1, 1]
+        assert found["without"] == [down, up]  # what goes up is taken for what comes down
+        assert found["with"] == [up, down]
+        assert found["values"] == [10.0 + other, 20.0 + other]
 
 
 def test_applying_the_patches_twice_changes_nothing(findings: dict[str, Any]) -> None:
@@ -364,3 +374,30 @@ def try_group_of_one(originals: list[Any]) -> dict[str, Any]:
     param_and_grad_buffer.dist_all_gather_func(elsewhere, torch.arange(4.0), group=group)
     found["elsewhere"] = elsewhere.tolist()
     return found
+
+
+def try_p2p_directions() -> dict[str, Any]:
+    """Each of two ranks sends the other one something up and something down the pipeline, of different shapes."""
+    from megatron.core.model_parallel_config import ModelParallelConfig
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+
+    from megatron_fipo.patches.megatron_cpu import apply_patches
+
+    apply_patches()
+    rank = torch.distributed.get_rank()
+    config = ModelParallelConfig(batch_p2p_comm=False, variable_seq_lengths=True, pipeline_dtype=torch.float32)
+    communicator = P2PCommunicator(torch.distributed.group.WORLD, config)
+    sent: dict[str, Any] = {
+        "tensor_send_next": torch.full((2 + rank, 1, 1), 10.0 + rank),
+        "tensor_send_prev": torch.full((5 + rank, 1, 1), 20.0 + rank),
+        "recv_prev": True,
+        "recv_next": True,
+    }
+    without = communicator._communicate_shapes(**sent)
+    from_prev, from_next, _ = communicator._communicate(**sent, tensor_shape=None)
+    torch.distributed.barrier()
+    return {
+        "without": [list(shape) for shape in without],
+        "with": [list(from_prev.shape), list(from_next.shape)],
+        "values": [float(from_prev.mean()), float(from_next.mean())],
+    }

@@ -110,7 +110,7 @@ def test_layers_are_transformer_engines_on_cuda_unless_told_otherwise(checkpoint
 
 
 def test_a_checkpoint_that_fits_comes_back_read(checkpoint: Path) -> None:
-    arch, weights = check_checkpoint(parse(checkpoint, "--num-layers", "4"), ParallelLayout(tp=2, pp=2))
+    arch, weights = check_checkpoint(parse(checkpoint, "--num-layers", "4"), ParallelLayout(tp=2, pp=2, etp=2))
     assert (arch.family, arch.num_layers, arch.hidden_size, arch.vocab_size, arch.tied) == ("qwen2", 4, 48, 50, True)
     assert set(hf_shapes(arch)) == set(weights.names)
 
@@ -194,3 +194,14 @@ def test_what_is_to_be_read_must_exist(checkpoint: Path, tmp_path: Path) -> None
         check_run(parse(checkpoint, "--load", str(tmp_path / "none"), output_dir=tmp_path), ALONE)
     with pytest.raises(ValueError, match=r"--replay-rollouts is '.*none', but must be a directory"):
         check_run(parse(checkpoint, "--replay-rollouts", str(tmp_path / "none"), output_dir=tmp_path), ALONE)
+
+
+def test_virtual_stages_reach_the_layout_and_overlap_on_gloo_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    flags = ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1", "--device", "cpu"]
+    environment = {"RANK": "0", "WORLD_SIZE": "2"}
+    checked = check_run(parse(checkpoint, *flags, output_dir=tmp_path), environment)
+    assert (checked.layout.pp, checked.layout.vpp) == (2, 2)
+    with pytest.raises(ValueError, match="--overlap-p2p-communication-warmup-flush is True, but must be absent"):
+        check_run(
+            parse(checkpoint, *flags, "--overlap-p2p-communication-warmup-flush", output_dir=tmp_path), environment
+        )

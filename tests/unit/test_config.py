@@ -12,11 +12,11 @@ from megatron_fipo.config import (
     DataSettings,
     EngineSettings,
     FIPOSettings,
-    MegatronSettings,
     PPOSettings,
     RolloutSettings,
     RunSettings,
 )
+from megatron_fipo.megatron_config import MegatronSettings
 
 FULL = {"recompute_granularity": "full"}
 REFUSED: list[tuple[type, dict[str, Any], str]] = [
@@ -38,7 +38,8 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (BatchSettings, {"num_updates_per_rollout": 0}, "--num-updates-per-rollout is 0"),
     (BatchSettings, {"num_updates_per_rollout": 7}, "a divisor of --rollout-batch-size (512)"),
     (BatchSettings, {"max_tokens_per_micro_batch": 0}, "--max-tokens-per-micro-batch is 0"),
-    (RolloutSettings, {"rollout_temperature": 0.9}, "--rollout-temperature is 0.9, but must be 1.0"),
+    (BatchSettings, {"log_probs_chunk_size": 0}, "--log-probs-chunk-size is 0, but must be >= 1 token, or -1"),
+    (RolloutSettings, {"rollout_temperature": 0}, "--rollout-temperature is 0, but must be > 0"),
     (RolloutSettings, {"max_generation_batches": 0}, "--max-generation-batches is 0"),
     (RolloutSettings, {"over_sampling_batch_size": 0}, "--over-sampling-batch-size is 0"),
     (RolloutSettings, {"overlong_buffer_len": 0}, "--overlong-buffer-len is 0"),
@@ -60,6 +61,21 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (EngineSettings, {"weight_bucket_mb": 0}, "--weight-bucket-mb is 0, but must be >= 1 MiB"),
     (MegatronSettings, {"sequence_parallel": True}, "--sequence-parallel is True"),
     (MegatronSettings, {"pipeline_model_parallel_size": 0}, "--pipeline-model-parallel-size is 0"),
+    (
+        MegatronSettings,
+        {"num_virtual_stages_per_pipeline_rank": 2},
+        "--num-virtual-stages-per-pipeline-rank is 2, but must be used with --pipeline-model-parallel-size > 1",
+    ),
+    (
+        MegatronSettings,
+        {
+            "num_virtual_stages_per_pipeline_rank": 2,
+            "num_layers_per_virtual_pipeline_stage": 1,
+            "pipeline_model_parallel_size": 2,
+        },
+        "--num-layers-per-virtual-pipeline-stage is 1, but must be absent when "
+        "--num-virtual-stages-per-pipeline-rank (2) is given",
+    ),
     (MegatronSettings, {"lr": -1.0}, "--lr is -1.0"),
     (MegatronSettings, {"optimizer": {"min_lr": 1.0}}, "--min-lr is 1.0, but must be between 0 and --lr (1e-06)"),
     (MegatronSettings, {"optimizer": {"optimizer": "sgd"}}, "--optimizer is 'sgd', but must be adam"),
@@ -127,3 +143,13 @@ def test_explicit_optimizer_flags_win_over_our_defaults() -> None:
         "adam_eps": 1e-6,
         "decoupled_weight_decay": True,
     }
+
+
+def test_virtual_stages_follow_from_either_flag() -> None:
+    assert MegatronSettings().virtual_stages(8) == 1
+    pipeline = {"pipeline_model_parallel_size": 2}
+    assert MegatronSettings(**pipeline, num_virtual_stages_per_pipeline_rank=4).virtual_stages(8) == 4
+    by_layers = MegatronSettings(**pipeline, num_layers_per_virtual_pipeline_stage=1)
+    assert by_layers.virtual_stages(8) == 4
+    with pytest.raises(ValueError, match="--num-layers-per-virtual-pipeline-stage is 3, but must be a divisor"):
+        MegatronSettings(**pipeline, num_layers_per_virtual_pipeline_stage=3).virtual_stages(8)
