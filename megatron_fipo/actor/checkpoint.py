@@ -82,7 +82,7 @@ def load_checkpoint(actor: Actor, directory: Path) -> bool:
         raise CheckpointError(f"{directory} does not fit this model: {error}") from error
     for index, chunk in enumerate(actor.chunks):
         unwrapped(chunk).load_state_dict(loaded["model"][f"chunk_{index}"])
-    actor.optimizer.load_state_dict(loaded["optimizer"])
+    actor.optimizer.load_state_dict(_fitted_optimizer_state(actor, loaded["optimizer"]))
     actor.scheduler.num_steps = 0  # it adds what it loads
     actor.scheduler.load_state_dict(loaded["scheduler"])
     _require_same_hyperparameters(directory, _hyperparameters(actor), wanted)
@@ -126,7 +126,29 @@ def _format(actor: Actor) -> dict[str, Any]:
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
         "distrib_optim_fully_reshardable_mem_efficient": _is_on_cpu(actor),  # gather over gloo, without `.cuda()`
+        "chained_optim_avoid_prefix": True,  # one name for a moment, whether or not experts have their own optimizer
     }
+
+
+def _fitted_optimizer_state(actor: Actor, loaded: dict[Any, Any]) -> dict[Any, Any]:
+    """What was loaded, divided among this actor's optimizers.
+
+    With expert parallelism megatron-core keeps two, one of them for the experts, and numbers them; without, one. Their
+    tensors come back under the parameters' names either way, but the settings and step counts of their parameter groups
+    as they were saved. These are the same for experts and for all else.
+    """
+    parts = _distributed_parts(actor)
+    if not parts:
+        return loaded
+    saved = [loaded] if "optimizer" in loaded else [loaded[i] for i in range(len(loaded)) if i in loaded]
+    groups = [group for part in saved for group in part["optimizer"]["param_groups"]]
+    groups = [{**group, "is_expert_parallel": not group["is_expert_parallel"]} for group in groups] + groups
+    fitted = {}
+    for index in range(len(parts)):
+        own = loaded if len(parts) == 1 else loaded[index]
+        settings = {**saved[0]["optimizer"], "param_groups": [dict(group) for group in groups]}
+        fitted[index] = {**saved[0], "optimizer": settings, "param_state": own["param_state"]}
+    return fitted[0] if len(parts) == 1 else fitted
 
 
 def _is_on_cpu(actor: Actor) -> bool:

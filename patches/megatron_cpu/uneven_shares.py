@@ -41,7 +41,7 @@ def apply() -> None:
 
 
 def _gather_uneven(share: Tensor, group: dist.ProcessGroup, sizes: Sequence[int]) -> Tensor:
-    """[sizes[rank], ...] of every rank, one after the other: [sum(sizes), ...]. All travel at the longest one's length."""
+    """[sizes[rank], ...] of every rank, one after the other: [sum(sizes), ...]. All travel at the longest's length."""
     padded = share.new_zeros(max(sizes), *share.shape[1:])
     padded[: len(share)] = share
     shares = [torch.empty_like(padded) for _ in sizes]

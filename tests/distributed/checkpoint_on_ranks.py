@@ -49,6 +49,18 @@ def run_checks(
     return found
 
 
+def run_expert_checks(
+    model_dir: str, roots: str, cases: dict[str, dict[str, Any]], reshard_to: dict[str, list[dict[str, Any]]]
+) -> dict[str, Any]:
+    """The cases of a mixture of experts, and each one's checkpoint loaded in other layouts."""
+    found: dict[str, Any] = {"resharded": {}}
+    for name, case in cases.items():
+        found[name] = resume_case(model_dir, f"{roots}/{name}", **case)
+        parallel_state.destroy_model_parallel()
+        found["resharded"][name] = reshard(model_dir, f"{roots}/{name}", reshard_to[name])
+    return found
+
+
 def damaged_copy(root: str) -> Path:
     """The checkpoint with one bit of its last shard flipped."""
     damaged = Path(root) / "damaged"

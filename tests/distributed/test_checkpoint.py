@@ -11,6 +11,7 @@ from checkpoint_on_ranks import (
     SAVED_STEP,
     WARMUP_UPDATES,
     run_checks,
+    run_expert_checks,
 )
 from processes import run_ranks
 from tiny_models import save_model
@@ -25,6 +26,14 @@ ONE_RANK: dict[str, dict[str, Any]] = {"one rank fp32": {"layout": {}, "bf16": F
 
 
 RESHARDED = "tp2 fp32"
+EXPERTS: dict[str, dict[str, Any]] = {
+    "ep2 fp32": {"layout": {"ep": 2}, "bf16": False},
+    "tp2 sp fp32": {"layout": {"tp": 2, "sp": True}, "bf16": False},
+}
+EXPERTS_RESHARDED: dict[str, list[dict[str, Any]]] = {  # the first is the layout that saved
+    "ep2 fp32": [{"ep": 2}, {"pp": 2}, {"tp": 2, "sp": True}, {}],
+    "tp2 sp fp32": [{"tp": 2, "sp": True}, {"ep": 2}, {"tp": 2, "sp": True, "ep": 2, "etp": 1}],
+}
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +90,28 @@ def test_every_rank_learns_why_a_checkpoint_is_refused(on_ranks: dict[int, list[
         assert "was trained with lr_warmup_steps 4, but this run's flags say 0" in errors["schedule"]
         assert "not a directory" in errors["write"]
         assert ".distcp was changed: its SHA-256" in errors["damage"]
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What rank 0 of two found with a mixture of experts."""
+    directory = tmp_path_factory.mktemp("experts")
+    save_model(directory / "model", "qwen3_moe", tied=True)
+    kwargs = {"model_dir": str(directory / "model"), "roots": str(directory)}
+    return run_ranks(directory, 2, run_expert_checks, {**kwargs, "cases": EXPERTS, "reshard_to": EXPERTS_RESHARDED})[0]
+
+
+@pytest.mark.parametrize("case", EXPERTS)
+def test_experts_resume_to_the_last_bit_and_move_between_layouts(experts: dict[str, Any], case: str) -> None:
+    outcome = experts[case]
+    assert outcome["same_layout"]
+    assert outcome["saving_disturbs"] == []
+    assert outcome["differences"] == []
+    assert outcome["metrics_equal"]
+    same, *others = experts["resharded"][case]
+    assert same["same_layout"]
+    for other in others:
+        assert not other["same_layout"]
+        assert other["parameters"].keys() == same["parameters"].keys()
+        for name, value in same["parameters"].items():
+            assert (other["parameters"][name] - value).abs().max() <= 1e-6, name
