@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; subprocesses inherit it
 
 import pytest
 import torch
+from hypothesis.configuration import set_hypothesis_home_dir
 from processes import RunRanks
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hypothesis keeps notes in the working directory, from the collection on, unless told otherwise."""
+    directory = tempfile.TemporaryDirectory()
+    config.add_cleanup(directory.cleanup)
+    set_hypothesis_home_dir(directory.name)
 
 
 @pytest.fixture(autouse=True, scope="session")

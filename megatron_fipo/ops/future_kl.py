@@ -234,6 +234,22 @@ def scan_blocks(values: Tensor, offsets: Tensor, gamma: float, carries: Tensor |
     return _scan_affine(values, decays)
 
 
+def scan_in_order(
+    values: Tensor, mask: Tensor, offsets: Tensor, gamma: float, carries: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(F, totals) of every segment by a compiled loop: values [T] fp32 or float64, mask [T] bool, on the CPU.
+
+    offsets, carries and totals as in `scan_shared`. What a segment yields depends on nothing but its own tokens and
+    carry, to the last bit.
+    """
+    out = torch.empty_like(values, memory_format=torch.contiguous_format)
+    totals = torch.zeros(offsets.numel() - 1, dtype=torch.float64)
+    given = torch.zeros_like(totals) if carries is None else carries
+    tensors = (values.contiguous(), mask.contiguous(), offsets, given.contiguous(), out, totals)
+    _compiled_loop()(*(tensor.numpy() for tensor in tensors), gamma)
+    return out, totals
+
+
 def _scan_affine(values: Tensor, decays: Tensor) -> Tensor:
     """x_t = values_t + decays_t x_{t+1} over [T]; where decays_t is 0, x_{t+1} is not read.
 
@@ -273,7 +289,7 @@ def _segment_scan(tensor: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
     F has the dtype of values, fp32 or float64; the rest as in `scan_shared`.
     """
     if tensor.device.type == "cpu":
-        return _scan_in_order
+        return scan_in_order
     if tensor.device.type == "cuda":
         return functools.partial(_triton_kernels().scan_future_kl, row_len=_row_len(tensor))
     return _scan_in_blocks
@@ -288,17 +304,6 @@ def _scan_in_blocks(
     is_filled = offsets.diff() > 0
     totals[is_filled] = future[offsets[:-1][is_filled]]
     return future.to(values.dtype), totals
-
-
-def _scan_in_order(
-    values: Tensor, mask: Tensor, offsets: Tensor, gamma: float, carries: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    out = torch.empty_like(values, memory_format=torch.contiguous_format)
-    totals = torch.zeros(offsets.numel() - 1, dtype=torch.float64)
-    given = torch.zeros_like(totals) if carries is None else carries
-    tensors = (values.contiguous(), mask.contiguous(), offsets, given.contiguous(), out, totals)
-    _compiled_loop()(*(tensor.numpy() for tensor in tensors), gamma)
-    return out, totals
 
 
 def _triton_kernels() -> Any:
