@@ -191,15 +191,6 @@ def sequence_offsets(tensor: Tensor, cu_seqlens: Tensor | None, cp_size: int = 1
     return (offsets // cp_size).to(tensor.device)
 
 
-def require_single_rank(group: Any | None) -> None:
-    """Raise ValueError for a context-parallel group of several ranks: sequences cut over ranks are not built yet."""
-    if group is not None and group.size() > 1:
-        raise ValueError(
-            f"group has {group.size()} ranks, but must have 1: context parallelism is not built yet"
-            " (--context-parallel-size 1)"
-        )
-
-
 def scan_shared(
     scan: Callable[..., tuple[Any, Tensor]], offsets: Tensor, gamma: float, group: Any | None
 ) -> tuple[Any, Tensor]:

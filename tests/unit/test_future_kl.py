@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.ops.future_kl import (
+    _segment_scan,
     decay_factor,
     future_kl,
     future_kl_reference,
@@ -162,6 +164,14 @@ def test_a_group_of_one_rank_is_no_group() -> None:
     delta, mask = random_shifts(2, 8)
     alone: Any = SimpleNamespace(size=lambda: 1)
     assert torch.equal(future_kl(delta, mask, 32.0, group=alone), future_kl(delta, mask, 32.0))
+
+
+def test_cuda_without_triton_is_an_error_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "megatron_fipo.ops.future_kl_triton", raising=False)
+    on_gpu: Any = SimpleNamespace(device=torch.device("cuda"))
+    with pytest.raises(RuntimeError, match="CUDA tensors needs triton, but it is not installed"):
+        _segment_scan(on_gpu)
 
 
 @pytest.mark.parametrize(
