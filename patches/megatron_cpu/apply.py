@@ -18,7 +18,7 @@ from megatron_fipo.patches.megatron_cpu import (
     splits_as_numpy,
     tensor_type_names,
     torch_on_cpu,
-    uneven_shares,
+    uneven_gather,
 )
 
 SUPPORTED = "0.16."
@@ -32,7 +32,7 @@ PATCHES: dict[str, Callable[[], None]] = {
     "group_of_one": group_of_one.apply,
     "router_without_te": router_without_te.apply,
     "splits_as_numpy": splits_as_numpy.apply,
-    "uneven_shares": uneven_shares.apply,
+    "uneven_gather": uneven_gather.apply,
     "p2p_directions": p2p_directions.apply,
 }
 

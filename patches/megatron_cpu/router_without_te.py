@@ -5,7 +5,7 @@ Why: the router asks whether Transformer Engine's GEMM is None, but without Tran
 Upstream: megatron.core.transformer.moe.moe_utils.RouterGatingLinearFunction; the import at the module's top fails at
     its first line and so leaves `te_general_gemm` undefined.
 Drop-when: the failed import defines the name.
-Test: tests/distributed/test_patch_megatron.py::test_router_without_te_is_needed
+Test: tests/distributed/test_patch_experts.py::test_router_without_te_is_needed
 """
 
 from __future__ import annotations

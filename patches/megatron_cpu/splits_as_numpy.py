@@ -5,7 +5,7 @@ Why: the all-to-all between expert-parallel ranks wants plain numbers for its sp
 Upstream: megatron.core.transformer.moe.moe_utils.maybe_move_tensor_to_cpu, imported by name into
     megatron.core.transformer.moe.token_dispatcher.
 Drop-when: `as_numpy` holds for CPU tensors.
-Test: tests/distributed/test_patch_megatron.py::test_splits_as_numpy_is_needed
+Test: tests/distributed/test_patch_experts.py::test_splits_as_numpy_is_needed
 """
 
 from __future__ import annotations
