@@ -57,8 +57,8 @@ def fused_terms(
     assert logprobs.device.type in FUSED_DEVICES, f"no fused form on {logprobs.device}"
     assert isinstance(settings, FIPOSettings) or not with_influence, f"influence weights, but settings are {settings}"
     make_terms = compiled_terms if logprobs.device.type == "cpu" else triton_terms
-    inputs = (x.detach().contiguous() for x in (logprobs, old_logprobs, advantages, mask))
-    return make_terms(*inputs, offsets, settings, with_influence=with_influence, group=group)
+    new, old, weights, flags = (x.detach().contiguous() for x in (logprobs, old_logprobs, advantages, mask))
+    return make_terms(new, old, weights, flags, offsets, settings, with_influence=with_influence, group=group)
 
 
 def scale_sequences(gradient: Tensor, factors: Tensor, offsets: Tensor) -> Tensor:
