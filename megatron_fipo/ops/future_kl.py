@@ -102,7 +102,7 @@ def influence_weights(
     """
     flags = as_bool_mask(mask, delta_logprobs)
     dtype = compute_dtype(delta_logprobs)
-    if delta_logprobs.device.type == "cuda":
+    if _runs_triton(delta_logprobs):
         kernels = _triton_kernels()
         fused = functools.partial(
             kernels.scan_influence,
@@ -279,11 +279,13 @@ def _segment_scan(tensor: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
 
     F has the dtype of values, fp32 or float64; the rest as in `scan_shared`.
     """
-    if tensor.device.type == "cpu":
-        return scan_in_order
-    if tensor.device.type == "cuda":
+    if _runs_triton(tensor):
         return functools.partial(_triton_kernels().scan_future_kl, row_len=_row_len(tensor))
-    return _scan_in_blocks
+    return scan_in_order if tensor.device.type == "cpu" else _scan_in_blocks
+
+
+def _runs_triton(tensor: Tensor) -> bool:
+    return tensor.device.type == "cuda"
 
 
 def _scan_in_blocks(

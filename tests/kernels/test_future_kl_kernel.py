@@ -169,6 +169,25 @@ def test_fused_influence_weights_equal_the_composition(
     assert not torch.equal(wanted[0][mask], wanted[0][mask].clamp(0.8, 1.0))  # there was something to clamp
 
 
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_the_public_functions_reach_the_kernels(
+    is_packed: bool, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    delta, mask = random_shifts(120)
+    cu_seqlens = offsets_of([0, 50, 70]).int() if is_packed else None
+    delta, mask = (x if is_packed else x.view(3, 40) for x in (delta, mask))
+    settings: dict[str, Any] = {"half_life": 32.0, "dual_clip": 10.0, "influence_low": 0.9, "influence_high": 1.2}
+    settings |= {"safety_threshold": 1.01, "semantics": "paper", "cu_seqlens": cu_seqlens}
+    wanted = influence_weights(delta, -torch.ones_like(delta), mask, **settings)
+    monkeypatch.setattr("megatron_fipo.ops.future_kl._runs_triton", lambda _: True)
+    delta, mask = delta.to(device), mask.to(device)
+    found = influence_weights(delta, -torch.ones_like(delta), mask, **settings)
+    for ours, theirs in zip(found, wanted):
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=0, atol=1e-12)
+    history = future_kl(delta, mask, 32.0, cu_seqlens=cu_seqlens)
+    torch.testing.assert_close(history.cpu(), wanted[1], rtol=0, atol=1e-12)
+
+
 def test_nothing_to_scan_is_no_error(device: torch.device) -> None:
     nothing = torch.zeros(0)
     future, totals = scan(nothing, nothing.bool(), offsets_of([0, 0]), 32.0, device)
