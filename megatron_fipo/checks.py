@@ -6,12 +6,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megatron_fipo.arguments import Settings
 from megatron_fipo.config import require
-from megatron_fipo.flags.megatron_table import contradictions
+from megatron_fipo.flags.megatron_table import contradictions, flag_of_field
 from megatron_fipo.metrics.records import EVALUATIONS_FILE, METRICS_FILE, SAMPLES_FILE
 from megatron_fipo.parallel import ParallelLayout
 from megatron_fipo.weights.architecture import (
@@ -51,12 +52,16 @@ def check_run(settings: Settings, environment: Mapping[str, str]) -> Checked:
         cp=megatron.context_parallel_size,
         sequence_parallel=megatron.sequence_parallel,
         vpp=megatron.virtual_stages(num_layers),
+        ep=megatron.expert_model_parallel_size,
+        etp=megatron.expert_tensor_parallel_size,
     )
     device = choose_device(settings)
     _check_pipeline_overlap(settings, layout, device)
     arch, weights = check_checkpoint(settings, layout)
     _check_directories(settings)
-    return Checked(layout, device, choose_transformer_impl(settings, device), arch, weights)
+    transformer_impl = choose_transformer_impl(settings, device)
+    check_expert_flags(settings.megatron.transformer, arch, transformer_impl)
+    return Checked(layout, device, transformer_impl, arch, weights)
 
 
 def ranks_from_environment(environment: Mapping[str, str]) -> tuple[int, int]:
@@ -103,6 +108,21 @@ def choose_transformer_impl(settings: Settings, device: torch.device) -> str:
     return chosen
 
 
+def check_expert_flags(explicit: Mapping[str, Any], arch: Architecture, transformer_impl: str) -> None:
+    """Raise ValueError naming a flag about experts that a dense model, or the layers chosen, cannot follow."""
+    for name, value in explicit.items():
+        if name.startswith("moe_"):
+            where = f"absent: the checkpoint's model ({arch.family}) has no experts"
+            require(arch.num_moe_experts is not None, flag_of_field(name), value, where)
+    for name in ("moe_grouped_gemm", "moe_permute_fusion", "moe_router_fusion"):
+        require(
+            not explicit.get(name) or transformer_impl == "transformer_engine",
+            flag_of_field(name),
+            True,
+            f"absent with --transformer-impl {transformer_impl}: it needs Transformer Engine",
+        )
+
+
 def check_checkpoint(settings: Settings, layout: ParallelLayout) -> tuple[Architecture, HFWeights]:
     """Read the Hugging Face checkpoint's header and compare it with the flags and the layout.
 
@@ -141,12 +161,16 @@ def check_checkpoint(settings: Settings, layout: ParallelLayout) -> tuple[Archit
         f"at least the number of data-parallel ranks ({layout.dp})",
     )
     weights = HFWeights(directory)
-    require(
-        arch.num_layers <= len(weights.names),
-        f"{directory}/config.json: num_hidden_layers",
-        arch.num_layers,
-        f"at most the number of tensors in {directory} ({len(weights.names)})",
-    )
+    for name, count in (
+        ("num_hidden_layers", arch.num_layers),
+        ("num_hidden_layers x num_experts", arch.num_layers * (arch.num_moe_experts or 0)),
+    ):
+        require(
+            count <= len(weights.names),
+            f"{directory}/config.json: {name}",
+            count,
+            f"at most the number of tensors in {directory} ({len(weights.names)})",
+        )
     check_hf_shapes(arch, weights)
     return arch, weights
 

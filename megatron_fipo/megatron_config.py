@@ -28,6 +28,10 @@ class MegatronSettings:
         None, "interleave the pipeline: chunks of layers on each rank"
     )
     context_parallel_size: int = setting(1, "context-parallel ranks")
+    expert_model_parallel_size: int = setting(1, "expert-parallel ranks: each holds a share of the experts")
+    expert_tensor_parallel_size: int | None = setting(
+        None, "ranks that cut each expert (default: --tensor-model-parallel-size)"
+    )
     sequence_parallel: bool = setting(False, "shard activations between the tensor-parallel parts along the sequence")
     bf16: bool = setting(False, "compute in bf16 on fp32 master weights (default: fp32 throughout)")
     transformer_impl: Literal["local", "transformer_engine"] | None = setting(
@@ -85,8 +89,13 @@ class MegatronSettings:
             )
 
     def __post_init__(self) -> None:
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
-            require(getattr(self, name) >= 1, "--" + name.replace("_", "-"), getattr(self, name), ">= 1")
+        for name in ("tensor_model", "pipeline_model", "context", "expert_model", "expert_tensor"):
+            flag, size = f"--{name.replace('_', '-')}-parallel-size", getattr(self, f"{name}_parallel_size")
+            require(size is None or size >= 1, flag, size, ">= 1")
+        coefficient = self.transformer.get("moe_aux_loss_coeff", 0)
+        require(
+            coefficient == 0, "--moe-aux-loss-coeff", coefficient, "0: a policy is trained on its policy loss alone"
+        )
         self._check_virtual_stages()
         require(
             not self.sequence_parallel or self.tensor_model_parallel_size > 1,

@@ -76,6 +76,9 @@ _TYPES: Mapping[str, ValueType] = {
     "attention_backend": ValueType("str", ("flash", "fused", "unfused", "local", "auto")),  # enum AttnBackend
     "cp_comm_type": ValueType("str", ("p2p", "all_gather", "a2a", "a2a+p2p")),
     "optimizer": ValueType("str", ("adam",)),
+    "moe_token_dispatcher_type": ValueType("str", ("alltoall",)),
+    "moe_router_load_balancing_type": ValueType("str", ("none",)),
+    "moe_aux_loss_coeff": ValueType("float"),
     "main_grads_dtype": ValueType("str", ("fp32", "bf16")),
     "main_params_dtype": ValueType("str", ("fp32", "fp16")),
     "exp_avg_dtype": _MOMENTS,
@@ -118,6 +121,11 @@ ARCHITECTURE_FIELDS: frozenset[str] = frozenset(
         "add_qkv_bias",
         "qk_layernorm",
         "rotary_interleaved",
+        "num_moe_experts",
+        "moe_router_topk",
+        "moe_ffn_hidden_size",
+        "moe_router_pre_softmax",
+        "moe_router_score_function",
     }
 ) | frozenset(name for name, _, _ in _MODEL_OPTIONS if name != "make_vocab_size_divisible_by")
 """What a flag may say and the checkpoint decides: `contradictions` compares it."""
@@ -129,6 +137,9 @@ _LISTED_HELP: Mapping[str, str] = {
     "recompute_method": "with full: recompute evenly sized chunks, or the first layers of a stage",
     "recompute_num_layers": "with full: layers of a chunk, or layers to recompute",
     "recompute_modules": "with selective: the parts (default: core_attn)",
+    "moe_grouped_gemm": "all experts of a rank in one kernel, through Transformer Engine",
+    "moe_permute_fusion": "sort tokens by expert in one kernel, through Transformer Engine",
+    "moe_router_dtype": "precision of the router (default: fp32)",
     "fp8": "train in FP8 through Transformer Engine",
     "fp8_recipe": "how FP8 tensors are scaled, by default delayed",
     "use_distributed_optimizer": "shard the optimizer over the data-parallel ranks (always on)",

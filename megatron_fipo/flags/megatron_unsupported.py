@@ -10,8 +10,11 @@ IGNORED_FLAGS: Mapping[str, str] = {
 }
 """Accepted with one note each, whatever their values: flag -> why it has no effect."""
 
-_MOE = "mixture-of-experts models are not supported"
-_FAMILY = "it changes the architecture, which --hf-checkpoint supplies (Llama, Qwen2, Qwen2.5 and Qwen3, dense)"
+_FAMILY = "it changes the architecture, which --hf-checkpoint supplies (Llama, Qwen2, Qwen2.5, Qwen3, Qwen3-MoE)"
+_DROPLESS = "no token is dropped: its log-prob would depend on what else is in the batch"
+_BALANCE = "a policy is trained on its policy loss alone"
+_DEEPEP = "tokens go to their experts through --moe-token-dispatcher-type alltoall"
+_EXPERT_OVERLAP = "it needs a schedule of its own, which is not supported"
 _FSDP = "parameters are sharded by Megatron's distributed optimizer only, not by FSDP"
 _INFERENCE = "SGLang generates, not Megatron: see --help-sglang"
 _FP16 = "fp16 and its loss scaling are not supported: use --bf16"
@@ -54,15 +57,41 @@ UNSUPPORTED_FLAGS: Mapping[str, str] = {
     "--rl-*": _RL,
     "--no-rl-*": _RL,
     "--grpo-*": _RL,
-    "--moe-*": _MOE,
-    "--num-experts": _MOE,
-    "--expert-*": _MOE,
-    "--overlap-moe-*": _MOE,
-    "--ep-overlap-*": _MOE,
-    "--overlap-dispatch-*": _MOE,
-    "--delay-wgrad-compute": _MOE,
-    "--use-grouped-gemm-*": _MOE,
-    "--high-priority-a2a-*": _MOE,
+    "--moe-layer-freq": "every layer of a Qwen3-MoE model has experts",
+    "--moe-shared-expert*": _FAMILY,
+    "--moe-latent-size": _FAMILY,
+    "--moe-router-num-groups": _FAMILY,
+    "--moe-router-group-topk": _FAMILY,
+    "--moe-router-topk-scaling-factor": _FAMILY,
+    "--moe-router-enable-expert-bias": _FAMILY,
+    "--moe-apply-probs-on-input": _FAMILY,
+    "--moe-*glu-interleave-size": _FAMILY,
+    "--moe-*upcycling*": _FAMILY,
+    "--moe-router-bias-update-rate": _BALANCE,
+    "--moe-router-quantile-balancing-ema": _BALANCE,
+    "--moe-z-loss-coeff": _BALANCE,
+    "--moe-input-jitter-eps": "with noise the log-probs of the policy and of its old self differ before any update",
+    "--moe-router-force-*": "experts would be chosen without the router",
+    "--moe-*capacity*": _DROPLESS,
+    "--moe-token-drop-policy": _DROPLESS,
+    "--moe-*deepep*": _DEEPEP,
+    "--moe-*hybridep*": _DEEPEP,
+    "--moe-*ncclep*": _DEEPEP,
+    "--moe-flex-*": _DEEPEP,
+    "--moe-layer-recompute": "use --recompute-granularity selective --recompute-modules moe",
+    "--moe-router-padding-*": "it is not supported",
+    "--moe-enable-routing-replay": "it is not supported",
+    "--moe-routing-trace-*": "it is not supported",
+    "--moe-paged-stash*": "it is not supported",
+    "--moe-pad-experts-*": "it is not supported",
+    "--moe-per-layer-logging": _LOG,
+    "--expert-tensor-parallel-num-weight-shards": "it is not supported",
+    "--overlap-moe-*": _EXPERT_OVERLAP,
+    "--ep-overlap-*": _EXPERT_OVERLAP,
+    "--overlap-dispatch-*": _EXPERT_OVERLAP,
+    "--delay-wgrad-compute": _EXPERT_OVERLAP,
+    "--use-grouped-gemm-*": "it is not supported",
+    "--high-priority-a2a-*": "it is not supported",
     "--mamba-*": _FAMILY,
     "--disable-mamba-*": _FAMILY,
     "--hybrid-*": _FAMILY,

@@ -78,6 +78,18 @@ def test_what_would_leave_engines_or_stages_wrong_is_refused(flags):
         (["--no-masked-softmax-fusion"], "transformer", {"masked_softmax_fusion": False}),
         (["--use-cpu-initialization"], "transformer", {"use_cpu_initialization": True}),
         (["--attention-dropout", "0.0"], "transformer", {"attention_dropout": 0.0}),
+        (["--num-experts", "8", "--moe-router-topk", "2"], "transformer", {"num_moe_experts": 8, "moe_router_topk": 2}),
+        (
+            ["--moe-grouped-gemm", "--moe-permute-fusion", "--moe-aux-loss-coeff", "0", "--moe-router-dtype", "fp32"],
+            "transformer",
+            {
+                "moe_grouped_gemm": True,
+                "moe_permute_fusion": True,
+                "moe_aux_loss_coeff": 0.0,
+                "moe_router_dtype": "fp32",
+            },
+        ),
+        (["--expert-model-parallel-size", "2"], "transformer", {}),
         (["--accumulate-allreduce-grads-in-fp32"], "ddp", {"grad_reduce_in_fp32": True}),
         (["--grad-reduce-in-bf16"], "ddp", {"grad_reduce_in_fp32": False}),
         (["--ddp-bucket-size", "40000000"], "ddp", {"bucket_size": 40000000}),
@@ -95,8 +107,12 @@ def test_megatron_lm_names_reach_megatron_core_fields(flags, mapping, expected):
 @pytest.mark.parametrize(
     ("flags", "fragments"),
     [
-        (["--moe-grouped-gemm"], ["--moe-grouped-gemm is a Megatron-LM flag", "mixture-of-experts"]),
-        (["--num-experts", "8"], ["--num-experts", "mixture-of-experts"]),
+        (["--moe-expert-capacity-factor", "1"], ["--moe-expert-capacity-factor is a Megatron-LM flag", "dropped"]),
+        (["--moe-aux-loss-coeff", "0.01"], ["--moe-aux-loss-coeff is 0.01", "0: a policy is trained"]),
+        (["--moe-router-load-balancing-type", "aux_loss"], ["--moe-router-load-balancing-type", "none"]),
+        (["--moe-token-dispatcher-type", "allgather"], ["--moe-token-dispatcher-type is 'allgather'", "alltoall"]),
+        (["--expert-tensor-parallel-size", "0"], ["--expert-tensor-parallel-size is 0", ">= 1"]),
+        (["--overlap-moe-expert-parallel-comm"], ["--overlap-moe-expert-parallel-comm", "schedule of its own"]),
         (["--lr-warmup-fraction", "0.1"], ["--lr-warmup-fraction", "constant after --lr-warmup-iters"]),
         (["--fp16"], ["--fp16", "use --bf16"]),
         (["--dino-head-hidden-size", "3"], ["--dino-head-hidden-size is a Megatron-LM flag that is not supported"]),
@@ -236,7 +252,7 @@ def test_every_accepted_flag_that_changes_the_architecture_is_compared():
     from megatron_fipo.weights import architecture
 
     arch = architecture.Architecture(
-        family="llama",
+        family="qwen3_moe",
         num_layers=2,
         hidden_size=8,
         ffn_hidden_size=16,
@@ -252,6 +268,10 @@ def test_every_accepted_flag_that_changes_the_architecture_is_compared():
         qkv_bias=False,
         qk_layernorm=False,
         dtype=None,
+        num_moe_experts=4,
+        moe_router_topk=2,
+        moe_ffn_hidden_size=8,
+        moe_router_pre_softmax=False,
     )
     derived = {**architecture.to_transformer_fields(arch), **architecture.to_gpt_model_fields(arch)}
     assert derived.keys() >= ARCHITECTURE_FIELDS - {"vocab_size", "group_query_attention"}
