@@ -273,7 +273,7 @@ def _check_expert_layout(arch: Architecture, layout: ParallelLayout) -> None:
     etp, etp_flag = layout.etp, "--expert-tensor-parallel-size"
     if not arch.num_moe_experts:
         require(ep == 1, ep_flag, ep, f"1: a {arch.family} model has no experts")
-        require(etp == layout.tp, etp_flag, etp, f"unset: a {arch.family} model has no experts")
+        require(etp in (1, layout.tp), etp_flag, etp, f"unset: a {arch.family} model has no experts")
         return
     assert arch.moe_ffn_hidden_size is not None, arch
     require(arch.num_moe_experts % ep == 0, ep_flag, ep, f"a divisor of the model's {arch.num_moe_experts} experts")

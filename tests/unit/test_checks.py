@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from megatron_fipo.arguments import Settings, parse_arguments
 from megatron_fipo.checks import (
     check_checkpoint,
+    check_expert_flags,
     check_run,
     choose_device,
     choose_transformer_impl,
@@ -205,3 +207,16 @@ def test_virtual_stages_reach_the_layout_and_overlap_on_gloo_is_refused(checkpoi
         check_run(
             parse(checkpoint, *flags, "--overlap-p2p-communication-warmup-flush", output_dir=tmp_path), environment
         )
+
+
+def test_expert_flags_are_compared_with_the_checkpoint_and_its_layers(checkpoint: Path) -> None:
+    dense = check_checkpoint(parse(checkpoint), ParallelLayout())[0]
+    experts = replace(dense, family="qwen3_moe", num_moe_experts=4, moe_router_topk=2, moe_ffn_hidden_size=8)
+    check_expert_flags({"moe_grouped_gemm": True}, experts, "transformer_engine")
+    check_expert_flags({"moe_grouped_gemm": False, "moe_router_dtype": "fp64"}, experts, "local")
+    with pytest.raises(ValueError, match="--moe-router-dtype is 'fp32', but must be absent: the checkpoint's model"):
+        check_expert_flags({"moe_router_dtype": "fp32"}, dense, "local")
+    with pytest.raises(ValueError, match="--moe-grouped-gemm is True, but must be absent with"):
+        check_expert_flags({"moe_grouped_gemm": True}, experts, "local")
+    with pytest.raises(ValueError, match="--num-experts is 8, but the checkpoint"):
+        check_checkpoint(parse(checkpoint, "--num-experts", "8"), ParallelLayout())

@@ -17,6 +17,7 @@ from megatron_fipo.weights.architecture import (
     to_gpt_model_fields,
     to_transformer_fields,
 )
+from megatron_fipo.weights.hf_files import HFWeights, check_hf_shapes
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -42,6 +43,18 @@ LLAMA3_SCALING = {
 }
 QWEN = {**LLAMA, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False}
 QWEN3 = {**QWEN, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 16}
+QWEN3_MOE = {
+    **QWEN3,
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 24,
+    "norm_topk_prob": True,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "router_aux_loss_coef": 0.001,
+}
 
 
 def read(tmp_path: Path, config: dict, **changes: object) -> Architecture:
@@ -71,14 +84,18 @@ def test_reads_a_transformers_4_config(tmp_path):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "qwen3_moe"])
 def test_reads_what_the_installed_transformers_writes(tmp_path, family, tied):
     config_class = {
         "qwen2": transformers.Qwen2Config,
         "qwen3": transformers.Qwen3Config,
         "llama": transformers.LlamaConfig,
+        "qwen3_moe": transformers.Qwen3MoeConfig,
     }[family]
-    head_dim = {"head_dim": 16} if family == "qwen3" else {}
+    is_qwen3 = family.startswith("qwen3")
+    more = {"head_dim": 16} if is_qwen3 else {}
+    if family == "qwen3_moe":
+        more |= {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
     config_class(
         vocab_size=131,
         hidden_size=48,
@@ -91,12 +108,29 @@ def test_reads_what_the_installed_transformers_writes(tmp_path, family, tied):
         tie_word_embeddings=tied,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
         dtype="float16",
-        **head_dim,
+        **more,
     ).save_pretrained(tmp_path)
     arch = read_architecture(tmp_path)
     assert (arch.family, arch.tied, arch.rope_theta, arch.dtype) == (family, tied, 500000.0, torch.float16)
-    assert (arch.qkv_bias, arch.qk_layernorm) == (family == "qwen2", family == "qwen3")
-    assert arch.kv_channels == (16 if family == "qwen3" else 8)
+    assert (arch.qkv_bias, arch.qk_layernorm) == (family == "qwen2", is_qwen3)
+    assert arch.kv_channels == (16 if is_qwen3 else 8)
+    experts = (arch.num_moe_experts, arch.moe_router_topk, arch.moe_ffn_hidden_size, arch.moe_router_pre_softmax)
+    assert experts == ((6, 2, 24, False) if family == "qwen3_moe" else (None, None, None, None))
+
+
+def test_reads_experts_as_published(tmp_path):
+    arch = read(tmp_path, QWEN3_MOE)
+    assert (arch.num_moe_experts, arch.moe_router_topk, arch.moe_ffn_hidden_size) == (6, 2, 24)
+    assert read(tmp_path, QWEN3_MOE, num_experts=None, num_local_experts=6) == arch
+    fields = to_transformer_fields(arch)
+    assert (fields["num_moe_experts"], fields["moe_router_topk"], fields["moe_ffn_hidden_size"]) == (6, 2, 24)
+    assert to_transformer_fields(read(tmp_path, QWEN3))["num_moe_experts"] is None
+
+
+def test_weights_that_are_not_normalised_come_from_a_softmax_over_all_experts(tmp_path):
+    for normalised in (True, False):
+        fields = to_transformer_fields(read(tmp_path, QWEN3_MOE, norm_topk_prob=normalised))
+        assert fields["moe_router_pre_softmax"] is not normalised
 
 
 @pytest.mark.parametrize(
@@ -151,6 +185,15 @@ def test_absent_fields_take_the_familys_defaults(tmp_path):
         (LLAMA, {"rms_norm_eps": None}, "rms_norm_eps"),
         (LLAMA, {"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
         (LLAMA, {"torch_dtype": "float8_e4m3fn"}, "dtype"),
+        (QWEN3, {"num_experts": 8}, "num_experts"),
+        (QWEN3_MOE, {"num_experts": None}, "num_experts"),
+        (QWEN3_MOE, {"num_local_experts": 4}, "num_local_experts"),
+        (QWEN3_MOE, {"num_experts_per_tok": 7}, "num_experts_per_tok"),
+        (QWEN3_MOE, {"num_experts_per_tok": 1}, "norm_topk_prob"),
+        (QWEN3_MOE, {"moe_intermediate_size": None}, "moe_intermediate_size"),
+        (QWEN3_MOE, {"decoder_sparse_step": 2}, "decoder_sparse_step"),
+        (QWEN3_MOE, {"mlp_only_layers": [0]}, "mlp_only_layers"),
+        (QWEN3_MOE, {"shared_expert_intermediate_size": 24}, "shared_expert_intermediate_size"),
     ],
 )
 def test_refuses_what_would_change_the_maths(tmp_path, config, changes, field):
@@ -161,7 +204,7 @@ def test_refuses_what_would_change_the_maths(tmp_path, config, changes, field):
 
 
 def test_unknown_model_type_lists_the_supported(tmp_path):
-    with pytest.raises(ValueError, match=r"'mixtral', but must be one of \['llama', 'qwen2', 'qwen3'\]"):
+    with pytest.raises(ValueError, match=r"'mixtral', but must be one of \['llama', 'qwen2', 'qwen3', 'qwen3_moe'\]"):
         read(tmp_path, LLAMA, model_type="mixtral")
 
 
@@ -194,6 +237,24 @@ def test_layout_checks_the_ffn_and_accepts_what_divides(tmp_path):
         check_layout(read(tmp_path, LLAMA, intermediate_size=87), ParallelLayout(tp=2, pp=3))
 
 
+@pytest.mark.parametrize(
+    ("config", "layout", "message"),
+    [
+        (QWEN3, {"ep": 2}, "--expert-model-parallel-size is 2, but must be 1: a qwen3 model has no experts"),
+        (QWEN3, {"etp": 2}, "--expert-tensor-parallel-size is 2, but must be unset: a qwen3 model has no experts"),
+        (QWEN3_MOE, {"ep": 4}, "--expert-model-parallel-size is 4, but must be a divisor of the model's 6 experts"),
+        (QWEN3_MOE, {"ep": 2, "etp": 5}, "--expert-tensor-parallel-size is 5, but must be a divisor of an expert's 24"),
+        (QWEN3_MOE, {"etp": 2}, "--expert-tensor-parallel-size is 2, but must be --tensor-model-parallel-size (1)"),
+        (QWEN3_MOE, {"tp": 2, "etp": 2}, "--sequence-parallel is False, but must be given"),
+    ],
+)
+def test_experts_that_cannot_be_laid_out_so_name_the_flag(tmp_path, config, layout, message):
+    with pytest.raises(ValueError) as error:
+        check_layout(read(tmp_path, config), ParallelLayout(**layout))
+    assert message in str(error.value)
+    check_layout(read(tmp_path, QWEN3_MOE), ParallelLayout(tp=2, sequence_parallel=True, ep=3, etp=1))
+
+
 def test_transformer_fields(tmp_path):
     fields = to_transformer_fields(read(tmp_path, QWEN3))
     assert (fields["num_query_groups"], fields["kv_channels"], fields["qk_layernorm"]) == (2, 16, True)
@@ -215,3 +276,12 @@ def test_hf_shapes_are_those_of_the_transformers_model(tmp_path, config, tied):
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
     assert hf_shapes(arch) == {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def test_hf_shapes_of_experts_are_those_that_transformers_saves(tmp_path):
+    arch = read(tmp_path, QWEN3_MOE)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
+    model.save_pretrained(tmp_path / "saved")
+    weights = HFWeights(tmp_path / "saved")
+    assert hf_shapes(arch) == {name: weights.shape(name) for name in weights.names}
+    check_hf_shapes(read_architecture(tmp_path / "saved"), weights)

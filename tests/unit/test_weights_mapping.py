@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_fipo.weights.architecture import Architecture, hf_shapes, padded_vocab_size, read_architecture
@@ -13,6 +14,7 @@ from megatron_fipo.weights.mapping import (
     canonical_name,
     checked_stream,
     expected_megatron_names,
+    expert_of,
     hf_from_shards,
     hf_names,
     hf_names_of,
@@ -26,7 +28,9 @@ MODEL_CLASSES = {
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
 }
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "norm_topk_prob": True}
 
 
 def save_tiny_model(
@@ -43,7 +47,8 @@ def save_tiny_model(
         num_key_value_heads=kv_heads,
         max_position_embeddings=64,
         tie_word_embeddings=tied,
-        **({"head_dim": 10} if family == "qwen3" else {}),
+        **({"head_dim": 10} if family.startswith("qwen3") else {}),
+        **(EXPERTS if family == "qwen3_moe" else {}),
     )
     model = model_class(config).to(dtype)
     generator = torch.Generator().manual_seed(7)
@@ -51,7 +56,7 @@ def save_tiny_model(
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
     model.save_pretrained(directory)
-    return dict(model.named_parameters())
+    return dict(model.named_parameters()) if family != "qwen3_moe" else load_file(directory / "model.safetensors")
 
 
 def all_names(arch: Architecture) -> list[str]:
@@ -66,7 +71,7 @@ def shards_of(name: str, arch: Architecture, weights: HFWeights, tp: int, padded
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "qwen3_moe"])
 def test_round_trip_is_bit_equal_in_every_cut(tmp_path, family, tied, dtype):
     for kv_heads, cuts in ((2, (1, 2)), (3, (1, 3))):
         directory = tmp_path / str(kv_heads)
@@ -186,10 +191,48 @@ def test_partitions():
     assert partition_dim(layer + "self_attention.linear_qkv.layer_norm_weight") is None
 
 
+def test_an_experts_shard_is_its_ranks_gate_then_its_up(tmp_path):
+    hf = save_tiny_model(tmp_path, "qwen3_moe")
+    arch, weights = read_architecture(tmp_path), HFWeights(tmp_path)
+    name, prefix = "decoder.layers.1.mlp.experts.4.", "model.layers.1.mlp.experts.4."
+    second = shards_of(name + "linear_fc1.weight", arch, weights, 2)[1]
+    assert torch.equal(second, torch.cat([hf[f"{prefix}{which}_proj.weight"][6:] for which in ("gate", "up")]))
+    second = shards_of(name + "linear_fc2.weight", arch, weights, 2)[1]
+    assert torch.equal(second, hf[f"{prefix}down_proj.weight"][:, 6:])
+    (router, other) = shards_of("decoder.layers.1.mlp.router.weight", arch, weights, 2)
+    assert torch.equal(router, hf["model.layers.1.mlp.gate.weight"])
+    assert torch.equal(router, other)
+
+
+def test_experts_are_counted_over_all_ranks_under_either_of_megatrons_names():
+    layer = "decoder.layers.3.mlp.experts."
+    one_by_one, grouped = layer + "local_experts.1.linear_fc2.weight", layer + "linear_fc2.weight1"
+    assert canonical_name(one_by_one, first_expert=4) == canonical_name(grouped, first_expert=4)
+    assert canonical_name(one_by_one, first_expert=4) == layer + "5.linear_fc2.weight"
+    assert expert_of(layer + "5.linear_fc2.weight") == 5
+    assert expert_of("decoder.layers.3.mlp.router.weight") is None
+    assert hf_names_of(layer + "5.linear_fc2.weight") == ("model.layers.3.mlp.experts.5.down_proj.weight",)
+
+
+def test_expert_parallel_ranks_together_hold_every_name(tmp_path):
+    save_tiny_model(tmp_path, "qwen3_moe")
+    arch = read_architecture(tmp_path)
+    shares = [
+        expected_megatron_names(arch, range(2), first_stage=True, last_stage=True, experts=experts)
+        for experts in (range(3), range(3, 6))
+    ]
+    assert shares[0] | shares[1] == set(all_names(arch))
+    assert {name for name in shares[0] & shares[1] if expert_of(name) is not None} == set()
+    assert len(shares[0] - shares[1]) == 2 * 3 * 2  # layers, experts, parameters of each
+    assert "decoder.layers.0.mlp.linear_fc1.weight" not in shares[0]
+    assert "decoder.layers.1.mlp.router.weight" in shares[0] & shares[1]
+
+
 @pytest.mark.parametrize(
     "name",
     [
-        "decoder.layers.0.mlp.router.weight",
+        "decoder.layers.0.mlp.experts.local_experts.0.linear_fc1.weight",
+        "decoder.layers.0.mlp.experts.0.linear_fc3.weight",
         "decoder.layers.x.mlp.linear_fc1.weight",
         "module.output_layer.weight",
         "input_layernorm.weight",
