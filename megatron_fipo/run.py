@@ -140,6 +140,7 @@ class _Stages:
             num_updates=settings.batch.num_updates_per_rollout,
             layout=self.layout,
             control=self.control,
+            hidden_size=self.actor.arch.hidden_size,
             actor=self.actor,
             collect=self._collect(),
             start_training=self.hybrid.start_training if self.hybrid is not None else lambda: None,

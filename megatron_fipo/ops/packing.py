@@ -1,4 +1,4 @@
-"""From sequences to packed micro-batches: balanced shares, a token budget, no padding. Deterministic."""
+"""From sequences to packed micro-batches: a token budget, no padding. Deterministic."""
 
 from __future__ import annotations
 
@@ -8,25 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_fipo.ops.balance import balanced_partition
 from megatron_fipo.ops.zigzag import zigzag_indices
 from megatron_fipo.types import PackedBatch, TrainSequence
-
-
-def balanced_shares(costs: Sequence[int], num_shares: int) -> list[list[int]]:
-    """Split items into `num_shares` lists of indices with nearly equal total cost: largest first to the lightest share.
-
-    Every share gets at least one item; each list is in ascending order. Raises ValueError with fewer items than shares.
-    """
-    if len(costs) < num_shares:
-        raise ValueError(f"{len(costs)} sequences cannot be shared by {num_shares} ranks: every rank needs one")
-    totals = [0] * num_shares
-    shares: list[list[int]] = [[] for _ in range(num_shares)]
-    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        # an empty share comes before any other, so that none stays empty even when costs are zero
-        lightest = min(range(num_shares), key=lambda s: (bool(shares[s]), totals[s], s))
-        shares[lightest].append(index)
-        totals[lightest] += costs[index]
-    return [sorted(share) for share in shares]
 
 
 def micro_batches(costs: Sequence[int], max_tokens: int, *, at_least: int = 1) -> list[list[int]]:
@@ -43,7 +27,7 @@ def micro_batches(costs: Sequence[int], max_tokens: int, *, at_least: int = 1) -
         )
     fewest = max(-(-sum(costs) // max_tokens), min(at_least, len(costs)))
     for num_batches in range(fewest, len(costs) + 1):
-        batches = balanced_shares(costs, num_batches)
+        batches = balanced_partition(costs, num_batches)
         if all(sum(costs[i] for i in batch) <= max_tokens for batch in batches):
             return batches + [[] for _ in range(at_least - num_batches)]
     raise AssertionError("one sequence per micro-batch always fits")

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from megatron_fipo.ops.packing import balanced_shares
+from megatron_fipo.ops.balance import balanced_partition, sequence_flops
 from megatron_fipo.parallel import ParallelLayout
 from megatron_fipo.types import TrainSequence
 
@@ -41,32 +41,37 @@ def on_rank_zero(function: Callable[[], T], layout: ParallelLayout, control: dis
 
 
 def shares_of(
-    sequences: Sequence[TrainSequence], num_updates: int, layout: ParallelLayout
+    sequences: Sequence[TrainSequence], num_updates: int, layout: ParallelLayout, hidden_size: int
 ) -> list[list[list[TrainSequence]]]:
     """[dp rank][update] -> that rank's sequences of that update.
 
-    The batch is cut into `num_updates` equal mini-batches in order; inside each, tokens are balanced over the
-    data-parallel ranks. Which rank a sequence goes to changes no result, the loss being a global sum.
+    The batch is cut into `num_updates` equal mini-batches in order; inside each, the FLOPs that a model of
+    `hidden_size` needs are balanced over the data-parallel ranks. Which rank a sequence goes to changes no result, the
+    loss being a global sum.
     """
     size = len(sequences) // num_updates
     assert size * num_updates == len(sequences), (len(sequences), num_updates)
     shares: list[list[list[TrainSequence]]] = [[] for _ in range(layout.dp)]
     for start in range(0, len(sequences), size):
         mini_batch = sequences[start : start + size]
-        lengths = [len(sequence.token_ids) for sequence in mini_batch]
-        for rank, members in enumerate(balanced_shares(lengths, layout.dp)):
+        costs = [sequence_flops(len(sequence.token_ids), hidden_size) for sequence in mini_batch]
+        for rank, members in enumerate(balanced_partition(costs, layout.dp)):
             shares[rank].append([mini_batch[i] for i in members])
     return shares
 
 
 def scatter_shares(
-    sequences: Sequence[TrainSequence] | None, num_updates: int, layout: ParallelLayout, control: dist.ProcessGroup
+    sequences: Sequence[TrainSequence] | None,
+    num_updates: int,
+    layout: ParallelLayout,
+    control: dist.ProcessGroup,
+    hidden_size: int,
 ) -> list[list[TrainSequence]]:
     """Hand every rank its data-parallel share, by update. `sequences` is the whole batch on rank 0, None elsewhere."""
     everyone: list[Any] | None = None
     if layout.rank == 0:
         assert sequences is not None
-        shares = shares_of(sequences, num_updates, layout)
+        shares = shares_of(sequences, num_updates, layout, hidden_size)
         everyone = [shares[layout.dp_rank_of(rank)] for rank in range(layout.world_size)]
     mine: list[Any] = [None]
     dist.scatter_object_list(mine, everyone, src=0, group=control)

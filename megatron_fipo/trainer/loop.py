@@ -52,6 +52,7 @@ class Run:
     num_updates: int
     layout: ParallelLayout
     control: dist.ProcessGroup
+    hidden_size: int  # of the model: what a long sequence costs
     actor: Actor
     collect: Callable[[int], Rollout]  # the rollout batch of a step; rank 0
     start_training: Callable[[], None]  # the engines rest
@@ -72,7 +73,7 @@ def train(run: Run, *, first_step: int) -> None:
         run.start_training()
         with run.log.stage("logprobs"):
             mini_batches = scatter_shares(
-                rollout.sequences if rollout else None, run.num_updates, run.layout, run.control
+                rollout.sequences if rollout else None, run.num_updates, run.layout, run.control, run.hidden_size
             )
             sequences = [sequence for mini_batch in mini_batches for sequence in mini_batch]
             logprobs, entropies = run.actor.old_logprobs(mini_batches)

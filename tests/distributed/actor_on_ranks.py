@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from tiny_models import make_sequences
 
 from megatron_fipo.actor import pipeline
@@ -64,6 +65,22 @@ def settings_for(algorithm: str, semantics: str) -> PPOSettings:
     return LOSS_SETTINGS[algorithm]
 
 
+def run_layouts(
+    model_dir: str,
+    old_logprobs: list[torch.Tensor],
+    num_sequences: int,
+    layouts: dict[str, dict[str, Any]],
+    cases: list[dict[str, Any]],
+) -> dict[str, list[dict[str, Any]]]:
+    """`run_cases` in one layout of these ranks after the other: starting processes takes longer than the cases."""
+    found = {}
+    for name, layout in layouts.items():
+        print("layout", name, flush=True)
+        found[name] = run_cases(model_dir, old_logprobs, num_sequences, layout, cases)
+        parallel_state.destroy_model_parallel()
+    return found
+
+
 def run_cases(
     model_dir: str,
     old_logprobs: list[torch.Tensor],
@@ -95,7 +112,7 @@ def run_updates(
     if reverse:
         half = num_sequences // 2
         sequences = sequences[:half][::-1] + sequences[half:][::-1]
-    mine = scatter_shares(sequences if layout.rank == 0 else None, 2, layout, groups.control)
+    mine = scatter_shares(sequences if layout.rank == 0 else None, 2, layout, groups.control, actor.arch.hidden_size)
     settings = settings_for(algorithm, semantics)
 
     def old_of(mini_batch: list[Any]) -> list[torch.Tensor]:

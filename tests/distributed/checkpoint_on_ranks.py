@@ -147,7 +147,9 @@ def train_steps(actor: Actor, steps: range) -> list[dict[str, float] | None]:
     metrics = []
     for step in steps:
         sequences = make_sequences(8, seed=step) if actor.layout.rank == 0 else None
-        mini_batches = scatter_shares(sequences, NUM_UPDATES, actor.layout, actor.groups.control)
+        mini_batches = scatter_shares(
+            sequences, NUM_UPDATES, actor.layout, actor.groups.control, actor.arch.hidden_size
+        )
         logprobs, _ = actor.old_logprobs(mini_batches)
         start = 0
         for batch in mini_batches:

@@ -20,8 +20,9 @@ FAMILIES = {
 VOCAB = 131  # divides by nothing: the vocabulary is padded under tensor parallelism
 
 
-def make_model(family: str, *, tied: bool, seed: int = 0) -> Any:
-    """4 layers, 4 heads in 2 groups, weights large enough that every part matters; fp32, eval mode."""
+def make_model(family: str, *, tied: bool, seed: int = 0, **fields: Any) -> Any:
+    """4 layers, 4 heads in 2 groups, weights large enough that every part matters; fp32, eval mode. `fields` are the
+    configuration's."""
     config_class, model_class = FAMILIES[family]
     extra: dict[str, Any] = {"head_dim": 12} if family.startswith("qwen3") else {}
     if family == "qwen3_moe":
@@ -36,7 +37,7 @@ def make_model(family: str, *, tied: bool, seed: int = 0) -> Any:
         max_position_embeddings=256,
         rms_norm_eps=1e-6,
         tie_word_embeddings=tied,
-        **extra,
+        **{**extra, **fields},
     )
     torch.manual_seed(seed)
     model = model_class(config).eval()
@@ -56,6 +57,11 @@ def save_model(directory: Path, family: str, *, tied: bool, seed: int = 0) -> An
     return model
 
 
+# (prompt, response) of the sequences from the twelfth on. Cut over two ranks, the first leaves one of them without
+# response tokens and ends on a boundary without padding, as does the second, all of whose pieces hold response tokens.
+CUT_SEQUENCES = ((13, 3), (1, 7), (6, 1), (5, 7))
+
+
 def make_sequences(num: int, *, seed: int = 0) -> list[TrainSequence]:
     """Sequences of odd lengths: masked prefixes, holes, an empty response, a response of one token, both signs of A."""
     rng = np.random.default_rng(seed)
@@ -68,6 +74,8 @@ def make_sequences(num: int, *, seed: int = 0) -> list[TrainSequence]:
             prompt = num_prompt
         if i == 1:
             response = 1
+        if 12 <= i < 12 + len(CUT_SEQUENCES):
+            prompt, response = CUT_SEQUENCES[i - 12]
         length = prompt + response
         mask = np.zeros(length, dtype=bool)
         mask[prompt - 1 : length - 1] = True
@@ -92,13 +100,13 @@ def make_sequences(num: int, *, seed: int = 0) -> list[TrainSequence]:
 
 
 def make_old_logprobs(model: Any, sequences: list[TrainSequence], *, seed: int = 0) -> list[torch.Tensor]:
-    """The model's own log-probs, shifted by noise; two sequences with A < 0 get ratios beyond the dual clip."""
+    """The model's own log-probs, shifted by noise; three sequences with A < 0 get ratios beyond the dual clip."""
     generator = torch.Generator().manual_seed(seed)
     shifted = []
     for i, sequence in enumerate(sequences):
         logprobs = hf_logprobs(model, sequence).detach()
         shift = 0.2 * torch.randn(logprobs.shape, generator=generator)
-        if i in (3, 7):
+        if i in (3, 7, 13):
             shift[-8:] += 3.0  # ratios near e^3 > 10
         shifted.append(logprobs - shift)
     return shifted

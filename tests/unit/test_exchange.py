@@ -36,7 +36,7 @@ def make_sequence(uid: str, length: int) -> TrainSequence:
 @pytest.mark.parametrize("dp", [1, 2, 3])
 def test_every_sequence_is_trained_on_once_in_the_update_of_its_place(dp: int, num_updates: int) -> None:
     sequences = make_sequences(24)
-    shares = shares_of(sequences, num_updates, ParallelLayout(dp=dp))
+    shares = shares_of(sequences, num_updates, ParallelLayout(dp=dp), 8)
     assert [len(share) for share in shares] == [num_updates] * dp
     size = 24 // num_updates
     for update in range(num_updates):
@@ -47,17 +47,18 @@ def test_every_sequence_is_trained_on_once_in_the_update_of_its_place(dp: int, n
             assert order == sorted(order)
 
 
-def test_tokens_are_balanced_over_the_ranks_inside_every_update() -> None:
+def test_work_is_balanced_over_the_ranks_inside_every_update() -> None:
     sequences = make_sequences(24)
     for update in range(3):
-        shares = shares_of(sequences, 3, ParallelLayout(dp=2))
-        tokens = [sum(len(sequence.token_ids) for sequence in share[update]) for share in shares]
-        assert abs(tokens[0] - tokens[1]) <= 12  # the longest sequence
+        shares = shares_of(sequences, 3, ParallelLayout(dp=2), 8)
+        lengths = [[len(sequence.token_ids) for sequence in share[update]] for share in shares]
+        flops = [sum(12 * 8 * length + 2 * length**2 for length in share) for share in lengths]
+        assert abs(flops[0] - flops[1]) <= 12 * 8 * 12 + 2 * 12**2  # the longest sequence's
 
 
 def test_updates_of_unequal_size_are_a_bug() -> None:
     with pytest.raises(AssertionError, match=r"\(7, 2\)"):
-        shares_of(make_sequences(7), 2, ParallelLayout())
+        shares_of(make_sequences(7), 2, ParallelLayout(), 8)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def test_leaving_the_program_on_rank_zero_is_seen_too(ranks: list[dict[str, Any]
 
 
 def test_shares_reach_the_ranks_that_own_them(ranks: list[dict[str, Any]]) -> None:
-    wanted = shares_of(make_sequences(8), 2, ParallelLayout(dp=2))
+    wanted = shares_of(make_sequences(8), 2, ParallelLayout(dp=2), 8)
     for rank, found in enumerate(ranks):
         assert found["dp shares"] == [[sequence.uid for sequence in update] for update in wanted[rank]]
         assert found["tokens"] == [sequence.token_ids.tolist() for update in wanted[rank] for sequence in update]
@@ -142,8 +143,8 @@ def on_two_ranks() -> dict[str, Any]:
     result = on_rank_zero(work, dp, control)
     errors = {"error": raised_by(fail), "interrupt": raised_by(interrupt)}
     sequences = make_sequences(8) if rank == 0 else None
-    mine = scatter_shares(sequences, 2, dp, control)
-    replicated = scatter_shares(sequences, 2, tp, control)
+    mine = scatter_shares(sequences, 2, dp, control, 8)
+    replicated = scatter_shares(sequences, 2, tp, control, 8)
     length = 3 + rank
     agreement = agreement_metrics(
         [make_sequence("s", length)],

@@ -106,6 +106,7 @@ def make_run(world: World, control: dist.ProcessGroup, run_dir: Path, *, num_ste
         "num_updates": NUM_UPDATES,
         "layout": ParallelLayout(),
         "control": control,
+        "hidden_size": 8,
         "actor": world,
         "collect": world.collect,
         "start_training": world.start_training,

@@ -1,4 +1,4 @@
-"""Balanced shares, micro-batches within a token budget, and the packed layout itself."""
+"""Micro-batches within a token budget, and the packed layout itself."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_fipo.ops.packing import balanced_shares, micro_batches, pack, shared_micro_batches
+from megatron_fipo.ops.packing import micro_batches, pack, shared_micro_batches
+from megatron_fipo.ops.zigzag import zigzag_indices
 from megatron_fipo.types import TrainSequence
 
 
@@ -25,36 +26,6 @@ def make_sequence(
 def random_costs() -> list[list[int]]:
     rng = np.random.default_rng(0)
     return [rng.integers(0, 100, size=rng.integers(4, 60)).tolist() for _ in range(50)]
-
-
-def test_shares_hold_every_item_once_in_ascending_order() -> None:
-    for costs in random_costs():
-        for num_shares in (1, 2, 3, 4):
-            shares = balanced_shares(costs, num_shares)
-            assert len(shares) == num_shares
-            assert sorted(index for share in shares for index in share) == list(range(len(costs)))
-            assert all(share == sorted(share) and share for share in shares)
-
-
-def test_shares_differ_by_at_most_the_largest_cost() -> None:
-    for costs in random_costs():
-        totals = [sum(costs[i] for i in share) for share in balanced_shares(costs, 3)]
-        assert max(totals) - min(totals) <= max(costs)
-
-
-def test_shares_take_the_largest_first() -> None:
-    assert balanced_shares([3, 9, 1, 5], 2) == [[1], [0, 2, 3]]
-    assert balanced_shares([2, 2, 2, 2], 2) == [[0, 2], [1, 3]]
-
-
-def test_no_share_is_empty_when_costs_are_zero_or_one_item_outweighs_all() -> None:
-    assert balanced_shares([0, 0, 0], 3) == [[0], [1], [2]]
-    assert [len(share) for share in balanced_shares([1000, 1, 0, 0], 4)] == [1, 1, 1, 1]
-
-
-def test_fewer_sequences_than_ranks_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"2 sequences cannot be shared by 3 ranks"):
-        balanced_shares([5, 5], 3)
 
 
 def test_micro_batches_stay_within_the_budget_and_hold_everything_once() -> None:
@@ -160,3 +131,46 @@ def test_micro_batches_keep_a_shared_prompt_together_up_to_the_budget():
     assert sorted(map(sorted, shared_micro_batches(sequences, 9))) == [[0, 1, 2], [3, 4]]
     assert sorted(map(sorted, shared_micro_batches(sequences, 7))) == [[0, 1], [2], [3, 4]]
     assert sorted(map(sorted, shared_micro_batches(sequences, 100))) == [[0, 1, 2, 3, 4]]
+
+
+def test_more_micro_batches_than_needed_can_be_asked_for() -> None:
+    assert [len(batch) for batch in micro_batches([4, 4, 4], 100, at_least=2)] == [2, 1]
+    assert micro_batches([4, 4], 100, at_least=4) == [[0], [1], [], []]
+    assert len(micro_batches([9, 9, 9, 9], 10, at_least=2)) == 4  # the budget asks for more
+
+
+def test_a_pack_of_nothing_is_one_dummy_sequence() -> None:
+    for cp_size, num_tokens in ((1, 1), (2, 2)):
+        batch = pack([], (), cp_size=cp_size)
+        assert batch.cu_seqlens.tolist() == [0, num_tokens * cp_size]
+        assert batch.token_ids.shape == batch.labels.shape == (num_tokens,)
+        assert not batch.loss_mask.any()
+
+
+def test_context_parallel_shares_put_together_are_the_padded_pack() -> None:
+    sequences = [make_sequence(list(range(10, 10 + n)), [0, *[1] * (n - 2), 0], advantage=n) for n in (5, 8, 3)]
+    old = [torch.arange(len(s.token_ids)) + 0.5 for s in sequences]
+    for cp_size, multiple_of, lengths in ((2, 1, [8, 8, 4]), (2, 4, [8, 8, 4, 4]), (4, 1, [8, 8, 8])):
+        shares = [
+            pack(sequences, (0, 1, 2), old_logprobs=old, cp_size=cp_size, cp_rank=rank, multiple_of=multiple_of)
+            for rank in range(cp_size)
+        ]
+        offsets = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+        for rank, share in enumerate(shares):
+            assert share.cu_seqlens.tolist() == offsets.tolist()
+            assert len(share.token_ids) % multiple_of == 0
+            mine = zigzag_indices(offsets, cp_size, rank).tolist()
+            for place, token in enumerate(mine):
+                index = int(torch.searchsorted(offsets, token, right=True)) - 1
+                at = token - int(offsets[index])
+                assert share.position_ids[place] == at
+                if index < 3 and at < len(sequences[index].token_ids):
+                    sequence = sequences[index]
+                    assert share.token_ids[place] == sequence.token_ids[at]
+                    assert share.loss_mask[place] == sequence.loss_mask[at]
+                    assert share.advantages[place] == sequence.advantages[at]
+                    assert share.old_logprobs[place] == old[index][at]
+                    if at + 1 < len(sequence.token_ids):
+                        assert share.labels[place] == sequence.token_ids[at + 1]
+                else:
+                    assert not share.loss_mask[place]
