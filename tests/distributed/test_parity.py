@@ -14,16 +14,17 @@ import pytest
 import torch
 from actor_on_ranks import make_actor, make_groups
 from processes import run_ranks
-from tiny_models import VOCAB, hf_logits, make_model, make_sequences
+from tiny_models import VOCAB, hf_logits, make_model, make_sequences, published
 
 from megatron_fipo.types import TrainSequence
 
 MODELS = {
     f"{family} {kind}": (family, kind == "tied")
-    for family in ("qwen2", "qwen3", "llama")
+    for family in ("qwen2", "qwen3", "llama", "qwen3_moe")
     for kind in ("tied", "untied")
 }
 ROUND_TRIP_MODELS = {"tied": "qwen2 tied", "untied": "qwen3 untied"}  # with biases, with norms of queries and keys
+VARIANTS = ["llama3 rope", "qwen3_moe not normalised"]
 ROUND_TRIPS = [
     (layout, kind, dtype) for layout in ("tp2", "pp2") for kind in ("tied", "untied") for dtype in ("fp32", "bf16")
 ]
@@ -32,6 +33,7 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
     "selective": {"recompute_granularity": "selective"},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
+RECOMPUTE_EXPERTS = {**RECOMPUTE, "experts": {"recompute_granularity": "selective", "recompute_modules": ["moe"]}}
 
 
 def sequences_for(model: str) -> list[TrainSequence]:
@@ -69,6 +71,7 @@ def hf_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path,
     """Name -> (directory, model)."""
     models = {name: make_model(family, tied=tied) for name, (family, tied) in MODELS.items()}
     models["llama3 rope"] = with_llama3_rope(make_model("llama", tied=False))
+    models["qwen3_moe not normalised"] = make_model("qwen3_moe", tied=False, norm_topk_prob=False)
     root = tmp_path_factory.mktemp("models")
     for name, model in models.items():
         model.save_pretrained(root / name.replace(" ", "-"))
@@ -102,11 +105,11 @@ def reference(model: Any, sequences: list[TrainSequence]) -> dict[str, Any]:
         found["entropies"].append(torch.where(mask, -(rows.exp() * rows).sum(-1), 0.0).detach())
     model.zero_grad()
     loss.backward()
-    found["gradients"] = {name: p.grad.clone() for name, p in model.named_parameters()}
+    found["gradients"] = published({name: p.grad.clone() for name, p in model.named_parameters()})
     return found
 
 
-@pytest.mark.parametrize("model", [*MODELS, "llama3 rope"])
+@pytest.mark.parametrize("model", [*MODELS, *VARIANTS])
 def test_logits_logprobs_entropies_and_gradients_are_transformers(
     model: str, hf_models: dict[str, tuple[Path, Any]], one_rank: dict[str, Any]
 ) -> None:
@@ -128,15 +131,24 @@ def test_logits_logprobs_entropies_and_gradients_are_transformers(
         assert (found["gradients"][name] - gradient).abs().max() <= 1e-5 * largest, name
 
 
+def test_weights_of_experts_that_are_not_normalised_matter(hf_models: dict[str, tuple[Path, Any]]) -> None:
+    sequence = make_sequences(1)[0]
+    raw, normalised = (hf_logits(hf_models[f"qwen3_moe {name}"][1], sequence) for name in ("not normalised", "untied"))
+    assert (raw - normalised).abs().max() > 1e-2
+
+
 def test_the_scaled_rope_is_not_the_plain_one(hf_models: dict[str, tuple[Path, Any]]) -> None:
     sequence = sequences_for("llama3 rope")[0]
     scaled, plain = (hf_logits(hf_models[name][1], sequence) for name in ("llama3 rope", "llama untied"))
     assert (scaled - plain).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("kind", RECOMPUTE)
-def test_recomputing_activations_changes_no_gradient(kind: str, one_rank: dict[str, Any]) -> None:
-    plain, recomputed = one_rank["qwen2 untied"]["gradients"], one_rank[f"recompute {kind}"]
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [*(("qwen2 untied", kind) for kind in RECOMPUTE), *(("qwen3_moe untied", kind) for kind in RECOMPUTE_EXPERTS)],
+)
+def test_recomputing_activations_changes_no_gradient(model: str, kind: str, one_rank: dict[str, Any]) -> None:
+    plain, recomputed = one_rank[model]["gradients"], one_rank[f"recompute {model} {kind}"]
     assert plain.keys() == recomputed.keys()
     for name, gradient in plain.items():
         assert torch.equal(gradient, recomputed[name]), name
@@ -243,9 +255,11 @@ def on_one_rank(directories: dict[str, str]) -> dict[str, Any]:
         logprobs, entropies = actor.old_logprobs([sequences])
         results[name] = {"gradients": gradients, "logits": logits, "logprobs": logprobs, "entropies": entropies}
     directory = directories["qwen2 untied"]
-    for kind, transformer in RECOMPUTE.items():
-        actor = make_actor(directory, *made, budget=512, distributed_optimizer=False, transformer=transformer)
-        results[f"recompute {kind}"] = gradients_of(actor, make_sequences(NUM_SEQUENCES))[0]
+    for model, kinds in (("qwen2 untied", RECOMPUTE), ("qwen3_moe untied", RECOMPUTE_EXPERTS)):
+        for kind, transformer in kinds.items():
+            options = {"budget": 512, "distributed_optimizer": False, "transformer": transformer}
+            actor = make_actor(directories[model], *made, **options)
+            results[f"recompute {model} {kind}"] = gradients_of(actor, make_sequences(NUM_SEQUENCES))[0]
     results["bf16"] = train_in_bf16(make_actor(directory, *made, bf16=True))
     results["fipo"] = two_updates(make_actor(directory, *made))
     results["non finite"] = poisoned_updates(make_actor(directory, *made), make_actor(directory, *made))
