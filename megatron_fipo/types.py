@@ -67,7 +67,7 @@ class Completion:
     """What an engine answered to one request.
 
     `token_ids` [R] int64 includes the end-of-turn token when the model emitted one (finish_reason "stop").
-    `logprobs` [R] fp32 are the engine's own, under the sampling distribution at temperature 1.
+    `logprobs` [R] fp32 are the engine's own, at the request's temperature.
     """
 
     uid: str

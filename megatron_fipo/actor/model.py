@@ -10,14 +10,13 @@ import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_fipo.actor.local_spec import Pack, PackedAttention, local_block_spec
+from megatron_fipo.actor.logprob_head import LogprobHead, model_takes_output_processor, policy_output
 from megatron_fipo.actor.moe_layers import ROUTER_FIELDS
-from megatron_fipo.ops.linear_logprobs import linear_logprobs
 from megatron_fipo.parallel import ParallelLayout
 from megatron_fipo.types import PackedBatch
 from megatron_fipo.weights.architecture import Architecture, to_gpt_model_fields, to_transformer_fields
@@ -82,17 +81,23 @@ def _leave_uninitialised(weight: Tensor) -> Tensor:
 
 
 class PolicyModel(GPTModel):
-    """GPTModel with log-probs and entropy as its output: `[2, T]` fp32 on the last stage, 0 where `loss_mask` is False.
-
-    Only the masked positions go through the vocabulary projection, so prompts cost no logits, and no more than
-    `logprobs_chunk_size` of them at a time.
-    """
+    """GPTModel with log-probs and entropy as its output: what `policy_output` says, on the last stage."""
 
     def __init__(self, *, true_vocab_size: int, temperature: float, logprobs_chunk_size: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.true_vocab_size = true_vocab_size
-        self.temperature = temperature
-        self.logprobs_chunk_size = logprobs_chunk_size
+        self.head = LogprobHead(
+            tp_group=self.pg_collection.tp,
+            sequence_parallel=self.config.sequence_parallel,
+            vocab_size=true_vocab_size,
+            temperature=temperature,
+            chunk_size=logprobs_chunk_size,
+        )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """GPTModel's, through its hook for the output where it has one."""
+        if model_takes_output_processor():
+            kwargs.update(output_processor=policy_output, output_processor_context=self.head)
+        return super().forward(*args, **kwargs)
 
     def _preprocess(self, **kwargs: Any) -> tuple[Any, ...]:
         packed = kwargs["packed_seq_params"]
@@ -103,58 +108,16 @@ class PolicyModel(GPTModel):
         decoder_input, table, *rest = super()._preprocess(**kwargs)
         return decoder_input, table.index_select(0, kwargs["position_ids"][0]), *rest
 
-    def _postprocess(
-        self,
-        hidden_states: Tensor,
-        *,
-        labels: Tensor | None = None,
-        loss_mask: Tensor | None = None,
-        packed_seq_params: Pack | None = None,
-        **_: Any,
-    ) -> Tensor:
-        if not self.post_process:
-            return hidden_states
-        assert labels is not None
-        assert loss_mask is not None
-        assert packed_seq_params is not None
-        tp_group = self.pg_collection.tp
-        if self.config.sequence_parallel:
-            hidden_states = gather_from_sequence_parallel_region(
-                hidden_states, tensor_parallel_output_grad=True, group=tp_group
-            )
-        labels, loss_mask = labels[0], loss_mask[0]
-        positions = loss_mask.nonzero()[:, 0]
-        chosen = hidden_states.index_select(0, packed_seq_params.rows[positions])  # [N, 1, h]
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        if not self.config.sequence_parallel:
-            chosen = _SumGradients.apply(chosen, tp_group)
-        logprobs, entropy = linear_logprobs(
-            chosen[:, 0],
-            self.output_layer.weight if weight is None else weight,
-            labels[positions],
-            vocab_size=self.true_vocab_size,
-            group=tp_group,
-            temperature=self.temperature,
-            chunk_size=self.logprobs_chunk_size,
+    def _postprocess(self, **kwargs: Any) -> Tensor:
+        if model_takes_output_processor() or not self.post_process:
+            return super()._postprocess(**kwargs)
+        tied = self.share_embeddings_and_output_weights
+        return policy_output(
+            **kwargs,
+            output_layer=self.output_layer,
+            output_weight=self.shared_embedding_or_output_weight() if tied else None,
+            context=self.head,
         )
-        out = logprobs.new_zeros(2, labels.numel())
-        return out.index_copy(1, positions, torch.stack([logprobs, entropy]))
-
-
-class _SumGradients(torch.autograd.Function):
-    """Identity forward; backward sums the gradient over the tensor-parallel ranks: each saw its own columns only."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        if ctx.group.size() > 1:
-            grad = grad.contiguous()
-            torch.distributed.all_reduce(grad, group=ctx.group)
-        return grad, None
 
 
 def build_policy(
