@@ -125,6 +125,13 @@ def read_architecture(hf_dir: str | Path) -> Architecture:
         head_dim = _positive_int(path, config, "head_dim")
     require(head_dim % 2 == 0, f"{path}: head_dim", head_dim, "even (RoPE turns pairs)")
 
+    is_tied = _read_bool(path, config, "tie_word_embeddings", absent=False)
+    require(
+        not is_tied or family != "qwen3_moe",
+        f"{path}: tie_word_embeddings",
+        is_tied,
+        "false: SGLang gives this family an output layer of its own and would generate with an empty one",
+    )
     rope_theta, rope_scaling_factor = _read_rope(path, config)
     dtype_name = config.get("dtype") or config.get("torch_dtype") or "float32"
     require(
@@ -143,7 +150,7 @@ def read_architecture(hf_dir: str | Path) -> Architecture:
         rope_theta=rope_theta,
         rope_scaling_factor=rope_scaling_factor,
         max_position_embeddings=_positive_int(path, config, "max_position_embeddings"),
-        tied=_read_bool(path, config, "tie_word_embeddings", absent=False),
+        tied=is_tied,
         qkv_bias=family == "qwen2",
         qk_layernorm=has_qk_norm,
         dtype=DTYPES[dtype_name],

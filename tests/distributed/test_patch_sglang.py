@@ -19,6 +19,7 @@ import torch
 
 from megatron_fipo.patches.sglang_cpu.plugin import ASKED_FOR, activate
 
+FAMILIES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 TRITON_ABSENT = importlib.util.find_spec("triton") is None
 
 
@@ -96,7 +97,7 @@ def test_megatron_stays_out_of_the_engine_although_sglang_asks_for_it(patched) -
 
 
 def test_our_families_load_without_the_whole_registry(patched) -> None:
-    assert patched["families"] == ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]
+    assert patched["families"] == list(FAMILIES)
     assert patched["registry_untouched"]
 
 
@@ -117,8 +118,7 @@ def _report() -> dict[str, Any]:
     from sglang.srt.models.registry import ModelRegistry
 
     report |= _report_megatron()
-    families = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-    report["families"] = [ModelRegistry.resolve_model_cls([name])[0].__name__ for name in families]
+    report["families"] = [ModelRegistry.resolve_model_cls([name])[0].__name__ for name in FAMILIES]
     report["registry_untouched"] = not ModelRegistry._default_models_loaded
     return report
 

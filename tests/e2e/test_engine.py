@@ -18,7 +18,16 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from processes import run_ranks
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from megatron_fipo.rollout.engine import EngineError
 from megatron_fipo.rollout.pool import EnginePool
@@ -52,6 +61,12 @@ def tiny_llama(seed: int) -> PreTrainedModel:
 def tiny_qwen2(seed: int) -> PreTrainedModel:
     torch.manual_seed(seed)
     return Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=True, initializer_range=0.3)).eval()
+
+
+def tiny_experts(seed: int) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, **experts, head_dim=16, initializer_range=0.3)).eval()
 
 
 def start(model: PreTrainedModel, directory: Path, *, tp_size: int = 1, **server_args: object) -> SGLangEngine:
@@ -321,6 +336,51 @@ def test_an_engine_dies_with_its_trainer_and_repeats_another_engines_bits(engine
     assert not group_members(group)
     assert not Path(report["scratch"]).exists()
     assert left_behind(shm_before) == []
+
+
+@pytest.fixture(scope="module")
+def experts_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangEngine]:
+    """A two-rank engine on a mixture of experts, started on other weights than the trainer's."""
+    engine = start(tiny_experts(0), tmp_path_factory.mktemp("experts"), tp_size=2)
+    try:
+        engine.wait_ready()
+        yield engine
+    finally:
+        engine.shutdown()
+
+
+def test_an_engine_serves_the_experts_that_two_ranks_train(experts_engine, tmp_path) -> None:
+    engine, model = experts_engine, tiny_experts(1)
+    assert greedy_matches(engine, tiny_experts(0))
+    model.save_pretrained(tmp_path / "model")
+    kwargs = {"model_dir": str(tmp_path / "model"), "prompts": PROMPTS}
+    trained = run_ranks(tmp_path, 2, export_and_score, kwargs)[0]
+    push(engine, list(trained["weights"].items()), engine.weight_version + 1)
+    assert greedy_matches(engine, model)
+    scores = engine.score([np.asarray(prompt, dtype=np.int64) for prompt in PROMPTS])
+    for score, logprobs in zip(scores, trained["logprobs"], strict=True):
+        np.testing.assert_allclose(score, logprobs.numpy(), atol=2e-5)
+
+
+def export_and_score(model_dir: str, prompts: list[list[int]]) -> dict[str, object]:
+    """On a rank: the trainer's weights as it sends them, and its log-probs of every next token."""
+    from actor_on_ranks import make_actor, make_groups
+
+    from megatron_fipo.types import TrainSequence
+
+    actor = make_actor(model_dir, *make_groups(ep=2))
+    sequences = [
+        TrainSequence(
+            uid=str(index),
+            token_ids=np.asarray(prompt, dtype=np.int64),
+            loss_mask=np.arange(len(prompt)) < len(prompt) - 1,
+            advantages=np.zeros(len(prompt), dtype=np.float32),
+            rollout_logprobs=np.zeros(len(prompt), dtype=np.float32),
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+    weights = {name: value.clone() for name, value in actor.export_weights()}
+    return {"weights": weights, "logprobs": actor.old_logprobs([sequences])[0]}
 
 
 def test_a_failing_start_quotes_the_engines_exception(tmp_path) -> None:

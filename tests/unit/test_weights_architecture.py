@@ -83,8 +83,10 @@ def test_reads_a_transformers_4_config(tmp_path):
     )
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("family", "tied"),
+    [*((family, tied) for family in ("qwen2", "qwen3", "llama") for tied in (False, True)), ("qwen3_moe", False)],
+)
 def test_reads_what_the_installed_transformers_writes(tmp_path, family, tied):
     config_class = {
         "qwen2": transformers.Qwen2Config,
@@ -193,6 +195,7 @@ def test_absent_fields_take_the_familys_defaults(tmp_path):
         (QWEN3_MOE, {"moe_intermediate_size": None}, "moe_intermediate_size"),
         (QWEN3_MOE, {"decoder_sparse_step": 2}, "decoder_sparse_step"),
         (QWEN3_MOE, {"mlp_only_layers": [0]}, "mlp_only_layers"),
+        (QWEN3_MOE, {"tie_word_embeddings": True}, "tie_word_embeddings"),
         (QWEN3_MOE, {"shared_expert_intermediate_size": 24}, "shared_expert_intermediate_size"),
     ],
 )
