@@ -129,6 +129,21 @@ def test_a_run_resumed_in_its_own_directory_drops_what_came_after_the_checkpoint
     assert changes(records(tmp_path / "out"), records(undisturbed / "out")) == []
 
 
+def test_recorded_rollouts_train_alike_when_sequences_are_cut_and_logits_chunked(
+    undisturbed: Path, tiny_chat_model: Path, tmp_path: Path
+) -> None:
+    flags = {"context_parallel_size": 2, "log_probs_chunk_size": 7, "output_dir": "out", "train_iters": 2}
+    assert_finished(train(tmp_path, tiny_chat_model, replay_rollouts=undisturbed / "rollouts", **flags))
+    for found, wanted in zip(records(tmp_path / "out"), records(undisturbed / "out")[:2], strict=True):
+        assert found["num_tokens"] == wanted["num_tokens"]
+        assert found["noise_gauge"] == wanted["noise_gauge"] == 0.0
+        for ours, theirs in zip(found["updates"], wanted["updates"], strict=True):
+            assert ours["num_kept"] == theirs["num_kept"]
+            for name in ("pg_loss", "grad_norm", "influence_weights_mean", "entropy"):
+                if name in theirs:  # bf16
+                    assert ours[name] == pytest.approx(theirs[name], rel=0.03, abs=2e-3), name
+
+
 def test_a_damaged_checkpoint_is_one_line_and_leaves_the_records_alone(
     undisturbed: Path, tiny_chat_model: Path, tmp_path: Path
 ) -> None:
