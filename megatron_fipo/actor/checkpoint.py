@@ -162,9 +162,13 @@ def _sharded_state(actor: Actor, *, is_loading: bool) -> dict[str, Any]:
             part.data_parallel_group_gloo = part.data_parallel_group  # which is gloo already
     # under global layer numbers inside, so that any number of chunks can load what any other saved
     model = {f"chunk_{index}": unwrapped(chunk).sharded_state_dict() for index, chunk in enumerate(actor.chunks)}
+    optimizer = actor.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_format(actor))
+    for part in [optimizer, *optimizer.values()]:
+        if isinstance(part, dict) and part.get("param_state", ...) is None:
+            del part["param_state"]  # gathered elsewhere: what is not a tensor must be the same on every rank
     return {
         "model": model,
-        "optimizer": actor.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_format(actor)),
+        "optimizer": optimizer,
         "scheduler": actor.scheduler.state_dict(),
     }
 
