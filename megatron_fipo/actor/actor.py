@@ -29,6 +29,9 @@ from megatron_fipo.weights.architecture import Architecture, check_layout, padde
 from megatron_fipo.weights.hf_files import HFWeights
 
 
+QUANTISED_ROWS = 128  # FP8 and FP4 matrix products of every recipe take rows in multiples of this
+
+
 @dataclass(frozen=True, eq=False)
 class Actor:
     """What a rank needs to score and train. Made by `build_actor`; every method is called by all ranks together."""
@@ -43,6 +46,7 @@ class Actor:
     device: torch.device
     max_tokens_per_micro_batch: int  # on each context-parallel rank
     max_response_len: int
+    row_multiple: int  # what the rows of a rank's packs are padded to a multiple of
     share_prompts: bool  # compute a prompt that samples of a micro-batch share once
 
     def old_logprobs(self, mini_batches: Sequence[Sequence[TrainSequence]]) -> tuple[list[Tensor], list[Tensor]]:
@@ -116,7 +120,7 @@ class Actor:
                 members,
                 old_logprobs=old_logprobs,
                 share_prompts=self.share_prompts,
-                multiple_of=layout.tp if layout.sequence_parallel else 1,
+                multiple_of=self.row_multiple,
                 cp_size=layout.cp,
                 cp_rank=layout.cp_rank,
                 device=self.device,
@@ -228,6 +232,8 @@ def build_actor(
         device=device,
         max_tokens_per_micro_batch=max_tokens_per_micro_batch,
         max_response_len=max_response_len,
+        row_multiple=(layout.tp if layout.sequence_parallel else 1)
+        * (QUANTISED_ROWS if config.fp8 or config.fp4 else 1),
         # Transformer Engine's kernels know sequences, not shared prompts, and a cut sequence has no prompt to share
         share_prompts=transformer_impl == "local" and layout.cp == 1,
     )
