@@ -28,7 +28,6 @@ from megatron_fipo.types import PackedBatch, TrainSequence
 from megatron_fipo.weights.architecture import Architecture, check_layout, padded_vocab_size
 from megatron_fipo.weights.hf_files import HFWeights
 
-
 QUANTISED_ROWS = 128  # FP8 and FP4 matrix products of every recipe take rows in multiples of this
 
 
