@@ -20,7 +20,6 @@ from megatron_fipo.ops.future_kl_sharded import piece_carries, piece_offsets
 from megatron_fipo.ops.zigzag import require_cuttable
 
 SHIFT_BOUND = 20.0  # log-prob shifts are clamped to +-20 before anything else
-BLOCK_LEN = 64  # tokens per block of the tensor scan
 RELEASED_SAFETY_RANGE = (0.8, 1.0)  # where `released` clamps the influence weight of an unsafe token
 
 
@@ -43,10 +42,10 @@ def future_kl(
         cu_seqlens as global padded offsets: last T_local * cp, every sequence a multiple of 2 cp tokens (zigzag.py).
         The ranks exchange one float64 per sequence and piece, and each scans its pieces twice.
     Returns F, same shape, detached; float64 for float64 shifts, else fp32. O(L) time and memory. CPU tensors are
-    scanned in order by a compiled loop, CUDA tensors tile by tile by a Triton kernel, others block by block with
-    tensor operations; all accumulate in float64, so F is the exact value rounded once. A NaN shift under the mask
-    makes F NaN from there to the start of its sequence.
-    Raises ValueError on shapes, dtypes, cu_seqlens or a half-life that do not fit; RuntimeError on CUDA without triton.
+    scanned in order by a compiled loop, CUDA tensors tile by tile by a Triton kernel; both accumulate in float64, so F
+    is the exact value rounded once. A NaN shift under the mask makes F NaN from there to the start of its sequence.
+    Raises ValueError on shapes, dtypes, devices, cu_seqlens or a half-life that do not fit; RuntimeError on CUDA
+    without triton.
     """
     offsets = sequence_offsets(delta_logprobs, cu_seqlens, _num_ranks(group))
     gamma = decay_factor(half_life)
@@ -100,6 +99,11 @@ def influence_weights(
     fp32. Outside the mask f is clamp(exp(F)) without the safety rule. CUDA tensors take one fused Triton kernel.
     Raises as `future_kl` does.
     """
+    if advantages.shape != delta_logprobs.shape:
+        raise ValueError(
+            f"advantages have shape {tuple(advantages.shape)}, but must have the log-probs' "
+            f"{tuple(delta_logprobs.shape)}"
+        )
     flags = as_bool_mask(mask, delta_logprobs)
     dtype = compute_dtype(delta_logprobs)
     if _runs_triton(delta_logprobs):
@@ -210,21 +214,6 @@ def scan_shared(
     return scan(pieces, gamma, carries)
 
 
-def scan_blocks(values: Tensor, offsets: Tensor, gamma: float, carries: Tensor | None = None) -> Tensor:
-    """x_t = values_t + gamma x_{t+1} over [T] floating, anew in every sequence of offsets [num_seqs + 1] int64.
-
-    carries [num_seqs]: x at the token after each sequence, None: 0. Tensor operations only, so it runs on any device:
-    about 6 T operations in 20 launches at T = 32k. A NaN stays in its own sequence. Keeps the dtype of values.
-    """
-    decays = torch.full_like(values, gamma)
-    is_filled = offsets.diff() > 0
-    ends = offsets[1:][is_filled] - 1
-    decays[ends] = 0.0
-    if carries is not None:
-        values = values.index_add(0, ends, gamma * carries[is_filled].to(values))
-    return _scan_affine(values, decays)
-
-
 def scan_in_order(
     values: Tensor, mask: Tensor, offsets: Tensor, gamma: float, carries: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -239,31 +228,6 @@ def scan_in_order(
     tensors = (values.contiguous(), mask.contiguous(), offsets, given.contiguous(), out, totals)
     _compiled_loop()(*(tensor.numpy() for tensor in tensors), gamma)
     return out, totals
-
-
-def _scan_affine(values: Tensor, decays: Tensor) -> Tensor:
-    """x_t = values_t + decays_t x_{t+1} over [T]; where decays_t is 0, x_{t+1} is not read.
-
-    Inside blocks by doubling windows, then over the blocks' first entries by the same scan (README.md).
-    """
-    num_tokens = values.numel()
-    if num_tokens == 0:
-        return values
-    padding = -num_tokens % BLOCK_LEN
-    # (x, product) of position t describe the window [t, t + width) of its block: x_t = x + product * x_{t + width}
-    x = torch.nn.functional.pad(values, (0, padding)).view(-1, BLOCK_LEN)
-    product = torch.nn.functional.pad(decays, (0, padding)).view(-1, BLOCK_LEN)
-    width = 1
-    while width < BLOCK_LEN:
-        x_behind = torch.nn.functional.pad(x[:, width:], (0, width))
-        product_behind = torch.nn.functional.pad(product[:, width:], (0, width), value=1.0)
-        x, product = torch.where(product == 0, x, x + product * x_behind), product * product_behind
-        width *= 2
-    if x.shape[0] > 1:
-        first = _scan_affine(x[:, 0], product[:, 0])
-        behind = torch.nn.functional.pad(first[1:], (0, 1)).unsqueeze(1)
-        x = torch.where(product == 0, x, x + product * behind)
-    return x.reshape(-1)[:num_tokens]
 
 
 def _num_ranks(group: Any | None) -> int:
@@ -281,22 +245,13 @@ def _segment_scan(tensor: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
     """
     if _runs_triton(tensor):
         return functools.partial(_triton_kernels().scan_future_kl, row_len=_row_len(tensor))
-    return scan_in_order if tensor.device.type == "cpu" else _scan_in_blocks
+    if tensor.device.type != "cpu":
+        raise ValueError(f"log-probs are on {tensor.device}, but must be on cpu or cuda")
+    return scan_in_order
 
 
 def _runs_triton(tensor: Tensor) -> bool:
     return tensor.device.type == "cuda"
-
-
-def _scan_in_blocks(
-    values: Tensor, mask: Tensor, offsets: Tensor, gamma: float, carries: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    # float64 costs nothing beside the model and leaves one rounding, as in the compiled loop
-    future = scan_blocks(torch.where(mask, values, 0).double(), offsets, gamma, carries)
-    totals = torch.zeros(offsets.numel() - 1, dtype=torch.float64, device=values.device)
-    is_filled = offsets.diff() > 0
-    totals[is_filled] = future[offsets[:-1][is_filled]]
-    return future.to(values.dtype), totals
 
 
 def _triton_kernels() -> Any:

@@ -25,9 +25,9 @@ def piece_carries(totals: Tensor, piece_lens: Tensor, gamma: float, group: dist.
     assert totals.shape == (2 * num_seqs,), f"totals of shape {tuple(totals.shape)} for {num_seqs} sequences"
     if num_seqs == 0:
         return totals
-    gathered = totals.new_empty(group.size() * 2 * num_seqs)
-    dist.all_gather_into_tensor(gathered, totals.contiguous(), group=group)
-    early, late = gathered.view(group.size(), num_seqs, 2).unbind(dim=2)
+    gathered = totals.new_empty(group.size(), 2 * num_seqs)
+    dist.all_gather(list(gathered), totals.contiguous(), group=group)
+    early, late = gathered.view(-1, num_seqs, 2).unbind(dim=2)
     carries = carries_between_pieces(torch.cat([early, late.flip(0)]), piece_lens, gamma)
     rank = group.rank()
     return torch.stack([carries[rank], carries[-1 - rank]], dim=1).view(-1)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,12 +14,9 @@ from torch import Tensor
 
 from megatron_fipo.ops.future_kl import (
     _segment_scan,
-    decay_factor,
     future_kl,
     future_kl_reference,
     influence_weights,
-    scan_blocks,
-    sequence_offsets,
 )
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
@@ -32,16 +29,6 @@ PRESET = {
     "safety_threshold": 3.0,
     "semantics": "paper",
 }
-
-
-def block_scan_kl(delta: Tensor, mask: Tensor, half_life: float, *, cu_seqlens: Tensor | None = None) -> Tensor:
-    """`future_kl` as other devices than the CPU compute it."""
-    values = torch.where(mask, delta, 0).double().reshape(-1)
-    found = scan_blocks(values, sequence_offsets(delta, cu_seqlens), decay_factor(half_life))
-    return found.to(delta.dtype).view(delta.shape)
-
-
-SCANS: list[Callable[..., Tensor]] = [future_kl, block_scan_kl]
 
 
 def random_shifts(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -71,25 +58,23 @@ def test_reference_is_the_sum_over_the_future() -> None:
     torch.testing.assert_close(future_kl_reference(delta, mask, 8.0), wanted, rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("scan", SCANS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 1000, 4097])
-def test_scan_equals_the_reference(scan: Callable[..., Tensor], dtype: torch.dtype, length: int) -> None:
+def test_scan_equals_the_reference(dtype: torch.dtype, length: int) -> None:
     for half_life in HALF_LIVES:
         delta, mask = random_shifts(3, length, dtype=dtype)
         exact = future_kl_reference(delta.double(), mask, half_life)
-        assert_scan_equal(scan(delta, mask, half_life), exact, dtype)
+        assert_scan_equal(future_kl(delta, mask, half_life), exact, dtype)
 
 
-@pytest.mark.parametrize("scan", SCANS)
 @pytest.mark.parametrize("seed", range(40))
-def test_packed_scan_equals_each_sequence_alone(scan: Callable[..., Tensor], seed: int) -> None:
+def test_packed_scan_equals_each_sequence_alone(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     num_sequences = int(torch.randint(1, 9, (), generator=generator))
     lengths = torch.randint(0, 150, (num_sequences,), generator=generator).tolist()
     half_life = 10 ** float(torch.empty(()).uniform_(-1.3, 3.0, generator=generator))
     delta, mask = random_shifts(sum(lengths), seed=seed)
-    found = scan(delta, mask, half_life, cu_seqlens=offsets_of(lengths))
+    found = future_kl(delta, mask, half_life, cu_seqlens=offsets_of(lengths))
     alone = [
         future_kl_reference(part[None], part_mask[None], half_life)[0]
         for part, part_mask in zip(delta.split(lengths), mask.split(lengths))
@@ -97,45 +82,41 @@ def test_packed_scan_equals_each_sequence_alone(scan: Callable[..., Tensor], see
     assert_scan_equal(found, torch.cat(alone), torch.float64)
 
 
-@pytest.mark.parametrize("scan", SCANS)
 @pytest.mark.parametrize(("a", "b", "length"), [(1.0, 1.0, 64), (-3.0, 0.5, 300), (0.0, -2.0, 1)])
-def test_scan_is_linear(scan: Callable[..., Tensor], a: float, b: float, length: int) -> None:
+def test_scan_is_linear(a: float, b: float, length: int) -> None:
     x, mask = random_shifts(2, length, seed=length)
     y, _ = random_shifts(2, length, seed=length + 1)
-    combined = a * scan(x, mask, 32.0) + b * scan(y, mask, 32.0)
-    torch.testing.assert_close(scan(a * x + b * y, mask, 32.0), combined, rtol=0, atol=1e-11)
+    combined = a * future_kl(x, mask, 32.0) + b * future_kl(y, mask, 32.0)
+    torch.testing.assert_close(future_kl(a * x + b * y, mask, 32.0), combined, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("scan", SCANS)
-def test_scan_resets_at_sequence_start(scan: Callable[..., Tensor]) -> None:
+def test_scan_resets_at_sequence_start() -> None:
     delta, mask = random_shifts(1000)
     mask[:] = True
     offsets = offsets_of([130, 0, 1, 500, 369])
-    before = scan(delta, mask, 32.0, cu_seqlens=offsets)
+    before = future_kl(delta, mask, 32.0, cu_seqlens=offsets)
     delta[131:631] = torch.nan
-    after = scan(delta, mask, 32.0, cu_seqlens=offsets)
+    after = future_kl(delta, mask, 32.0, cu_seqlens=offsets)
     assert torch.equal(after[:131], before[:131])
     assert after[131:631].isnan().all()
     assert torch.equal(after[631:], before[631:])
     assert float(before[130]) == float(delta[130])  # a sequence of one token
 
 
-@pytest.mark.parametrize("scan", SCANS)
-def test_a_shift_reaches_back_with_its_half_life_through_masked_tokens(scan: Callable[..., Tensor]) -> None:
+def test_a_shift_reaches_back_with_its_half_life_through_masked_tokens() -> None:
     delta = torch.full((1, 200), torch.nan, dtype=torch.float64)
     mask = torch.zeros(1, 200, dtype=torch.bool)
     delta[0, 150], mask[0, 150] = 0.5, True
-    found = scan(delta, mask, 32.0)[0]
+    found = future_kl(delta, mask, 32.0)[0]
     assert found[151:].tolist() == [0.0] * 49
     assert found[[150, 118, 86, 54]].tolist() == pytest.approx([0.5, 0.25, 0.125, 0.0625], rel=1e-13)
 
 
-@pytest.mark.parametrize("scan", SCANS)
-def test_empty_tensors_and_empty_responses_have_no_future(scan: Callable[..., Tensor]) -> None:
-    assert scan(torch.empty(0), torch.empty(0, dtype=torch.bool), 32.0, cu_seqlens=offsets_of([])).shape == (0,)
-    assert scan(torch.empty(3, 0), torch.empty(3, 0, dtype=torch.bool), 32.0).shape == (3, 0)
+def test_empty_tensors_and_empty_responses_have_no_future() -> None:
+    assert future_kl(torch.empty(0), torch.empty(0, dtype=torch.bool), 32.0, cu_seqlens=offsets_of([])).shape == (0,)
+    assert future_kl(torch.empty(3, 0), torch.empty(3, 0, dtype=torch.bool), 32.0).shape == (3, 0)
     garbage, nothing = torch.full((2, 70), torch.inf), torch.zeros(2, 70, dtype=torch.bool)
-    assert torch.equal(scan(garbage, nothing, 32.0), torch.zeros(2, 70))
+    assert torch.equal(future_kl(garbage, nothing, 32.0), torch.zeros(2, 70))
 
 
 def test_mask_may_be_of_any_dtype_and_tensors_strided() -> None:
@@ -156,8 +137,7 @@ def test_decay_does_not_pile_up_rounding_over_a_long_response() -> None:
     delta, mask = delta + 0.05, torch.ones_like(mask)
     for half_life in (256.0, 1e6):
         exact = future_kl_reference(delta.double(), mask, half_life)
-        for scan in SCANS:
-            assert_scan_equal(scan(delta, mask, half_life), exact, torch.float32)
+        assert_scan_equal(future_kl(delta, mask, half_life), exact, torch.float32)
 
 
 def test_a_group_of_one_rank_is_no_group() -> None:
@@ -172,6 +152,12 @@ def test_cuda_without_triton_is_an_error_that_names_it(monkeypatch: pytest.Monke
     on_gpu: Any = SimpleNamespace(device=torch.device("cuda"))
     with pytest.raises(RuntimeError, match="CUDA tensors needs triton, but it is not installed"):
         _segment_scan(on_gpu)
+
+
+def test_a_device_without_a_scan_is_an_error_that_names_it() -> None:
+    elsewhere: Any = SimpleNamespace(device=torch.device("xpu"))
+    with pytest.raises(ValueError, match="log-probs are on xpu, but must be on cpu or cuda"):
+        _segment_scan(elsewhere)
 
 
 @pytest.mark.parametrize(
@@ -298,6 +284,13 @@ def test_nan_under_the_mask_is_not_hidden_by_the_filter() -> None:
     delta[0, 3] = torch.nan
     weights, history = weights_of(delta)
     assert history[0].isnan().tolist() == weights[0].isnan().tolist() == [True] * 4 + [False] * 2
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (1, 6), (6,), (4, 7)])
+def test_advantages_of_another_shape_are_refused_and_not_spread(shape: tuple[int, ...]) -> None:
+    message = f"advantages have shape {re.escape(str(shape))}, but must have the log-probs' " + r"\(4, 6\)"
+    with pytest.raises(ValueError, match=message):
+        weights_of(torch.zeros(4, 6), torch.ones(shape))
 
 
 def test_entries_outside_the_mask_are_never_read() -> None:
