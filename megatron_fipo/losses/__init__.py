@@ -11,20 +11,21 @@ Every loss of `LOSSES` is called the same way and returns (loss, info):
 * group: context-parallel group. Of cp > 1 ranks, the tensors are this rank's [T_local], cut and ordered as in
   ops/zigzag.py, and cu_seqlens are the global padded offsets. The loss is then this rank's share: shares add up to
   the loss of the whole, and the gradients are those of the whole, without a factor cp. A collective: all ranks call.
-* denominator: loss = local sum / denominator. None: what loss_agg averages over, here or over the group (1 if zero).
+* denominator: a number > 0, or one in a tensor []: loss = local sum / denominator. None: what loss_agg averages over,
+  here or over the group (1 if zero).
   Sums of micro-batches and of shares add up, so pass 1 and divide once by the sum of all num_kept.
 * num_sequences: how many of the sequences are real, when the pack ends in a dummy one (seq-mean forms).
 * max_response_len: divisor of seq-mean-token-sum-norm; [B, L] takes L by itself, packed tensors need it.
 * with_metrics: False leaves the metrics out of info, for a caller that makes them of many micro-batches' token_stats.
-* fused: loss and gradient in one pass over the tokens (ops/fipo_terms.py), on CPU and CUDA. False, and any other
-  device: tensor operations and autograd (eager.py), the definition; same numbers.
+* fused: loss and gradient in one pass over the tokens (ops/fipo_terms.py). False: tensor operations and autograd
+  (eager.py), the definition; same numbers.
 
 info holds future_kl, influence_weights [shape given] (0 and 1 where the algorithm has none), loss_mask (after the
 drop, in the dtype given), num_kept [] int64 (kept tokens, or sequences in the seq-mean forms), token_stats (for
 `collect_token_stats`) and the metrics of `update_metrics` for these tensors, as floats. Over a group of several ranks
 num_kept is a share too (the sequences are counted by the group's first rank), per-token tensors and token_stats are
 this rank's, and the metrics are those of the whole, the same on every rank (a gather of the token_stats).
-Wrong shapes, dtypes, offsets or numbers raise ValueError.
+Wrong shapes, dtypes, devices, offsets, numbers or settings raise ValueError.
 """
 
 from __future__ import annotations

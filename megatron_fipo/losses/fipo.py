@@ -32,6 +32,8 @@ def fipo_loss(
     tokens. With d = 0, the first update on a rollout batch, f = 1. Arguments, result and errors: the package's
     docstring.
     """
+    if not isinstance(settings, FIPOSettings):
+        raise ValueError(f"settings are {settings}, but must be FIPOSettings")
     return policy_loss(
         logprobs,
         old_logprobs,

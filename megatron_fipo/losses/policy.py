@@ -12,7 +12,6 @@ from megatron_fipo.losses.fused import fused_policy_terms
 from megatron_fipo.losses.reduction import normalise, spread_to_tokens
 from megatron_fipo.losses.terms import policy_batch
 from megatron_fipo.losses.update_metrics import gather_token_stats, update_metrics
-from megatron_fipo.ops.fipo_terms import FUSED_DEVICES
 
 
 class LossOptions(TypedDict, total=False):
@@ -45,7 +44,7 @@ def policy_loss(
     Arguments, result and errors are those of every loss: the package's docstring.
     """
     batch = policy_batch(logprobs, old_logprobs, advantages, loss_mask, cu_seqlens=cu_seqlens, group=group)
-    make_terms = fused_policy_terms if fused and batch.logprobs.device.type in FUSED_DEVICES else eager_terms
+    make_terms = fused_policy_terms if fused else eager_terms
     terms = make_terms(batch, settings, with_influence=with_influence)
     drops = with_influence and isinstance(settings, FIPOSettings) and settings.semantics == "released"
     if max_response_len is None and len(batch.shape) == 2:

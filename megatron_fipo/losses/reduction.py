@@ -52,12 +52,15 @@ def normalise(
     """
     in_tensors = num_tokens.numel()
     if num_sequences is not None and not 0 <= num_sequences <= in_tensors:
-        raise ValueError(f"num_sequences is {num_sequences}, but must be at most the {in_tensors} sequences given")
+        raise ValueError(f"num_sequences is {num_sequences}, but must be from 0 to the {in_tensors} sequences given")
     if loss_agg == "seq-mean-token-sum-norm" and (max_response_len is None or max_response_len < 1):
         raise ValueError(
             f"max_response_len is {max_response_len}, but must be >= 1 token: --loss-agg {loss_agg} divides by it"
         )
-    if denominator is not None and not isinstance(denominator, Tensor) and not denominator > 0:
+    if isinstance(denominator, Tensor):  # its value stays unread: that would wait for the device
+        if denominator.dim() > 0:
+            raise ValueError(f"denominator has shape {tuple(denominator.shape)}, but must be one number, of shape ()")
+    elif denominator is not None and not denominator > 0:
         raise ValueError(f"denominator is {denominator}, but must be > 0")
     whole = torch.stack([num_tokens, torch.zeros_like(num_tokens) if num_dual_clipped is None else num_dual_clipped])
     if group is not None and group.size() > 1:

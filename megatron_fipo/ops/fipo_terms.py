@@ -18,8 +18,6 @@ from megatron_fipo.config import FIPOSettings, PPOSettings
 from megatron_fipo.ops.future_kl import RELEASED_SAFETY_RANGE, SHIFT_BOUND, decay_factor, scan_shared
 from megatron_fipo.ops.future_kl_sharded import piece_carries, piece_offsets
 
-FUSED_DEVICES = ("cpu", "cuda")
-
 
 @dataclass(frozen=True, eq=False)
 class FusedTerms:
@@ -52,9 +50,10 @@ def fused_terms(
     group: context-parallel group; with several ranks the tensors are this rank's zigzag share, and F is exact over the
         whole sequences (one exchange of a number per sequence and piece).
     A NaN or infinite log-prob in the mask makes the loss of its sequence NaN, and its own gradient; through F also the
-    gradients before it.
+    gradients before it. Raises ValueError on devices other than cpu and cuda.
     """
-    assert logprobs.device.type in FUSED_DEVICES, f"no fused form on {logprobs.device}"
+    if logprobs.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"log-probs are on {logprobs.device}, but the fused loss wants them on cpu or cuda")
     assert isinstance(settings, FIPOSettings) or not with_influence, f"influence weights, but settings are {settings}"
     make_terms = compiled_terms if logprobs.device.type == "cpu" else triton_terms
     new, old, weights, flags = (x.detach().contiguous() for x in (logprobs, old_logprobs, advantages, mask))

@@ -364,6 +364,22 @@ def test_bad_arguments_are_named(name: str) -> None:
         ((new, old, advantages, mask), norm, {"cu_seqlens": offsets}, "max_response_len is None"),
         ((new, old, advantages, mask), mean, {"cu_seqlens": offsets, "num_sequences": 2}, "num_sequences is 2"),
         ((new, old, advantages, mask), BASE, {"cu_seqlens": offsets, "denominator": 0}, "denominator is 0"),
+        (
+            (new, old, advantages, mask),
+            BASE,
+            {"cu_seqlens": offsets, "denominator": torch.ones(1)},
+            r"denominator has shape \(1,\)",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             LOSSES[name](*arguments, settings, **keywords)
+
+
+def test_settings_of_another_algorithm_and_devices_without_kernels_are_refused() -> None:
+    batch = make_batch()
+    with pytest.raises(ValueError, match=r"settings are PPOSettings\(.*\), but must be FIPOSettings"):
+        LOSSES["fipo"](*batch, PPOSettings())
+    elsewhere = [tensor.to("meta") for tensor in batch]
+    for loss_fn in LOSSES.values():
+        with pytest.raises(ValueError, match="log-probs are on meta, but the fused loss wants them on cpu or cuda"):
+            loss_fn(*elsewhere, BASE)
