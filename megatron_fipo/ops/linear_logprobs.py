@@ -51,7 +51,8 @@ def linear_logprobs(
     Memory beyond inputs and gradients: chunk_size x V_local elements of the inputs' dtype, and for bf16 weights the
     fp32 sum of their gradient when there are several chunks. The last chunk's logits stay from forward to backward, so
     that up to `chunk_size` tokens nothing is computed twice. With and without autograd the values are the same bits.
-    Raises ValueError on shapes and dtypes that do not fit, chunk_size < 1, and a temperature that is not positive.
+    Raises ValueError on shapes and dtypes that do not fit, labels outside the vocabulary, chunk_size < 1, and a
+    temperature that is not positive.
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.size(1) != weight.size(1) or labels.shape != hidden.shape[:1]:
         raise ValueError(

@@ -31,7 +31,7 @@ def vocab_parallel_logprobs(
     one all-reduce of [N] and one of [3, N]); None: the whole vocabulary. Columns from `vocab_size` on are padding and
     take no part. labels [N] int64 are global token ids. Computed in fp32, in float64 for float64 logits. The log-probs
     are differentiable, the entropy is not; the logits are kept for the backward pass and never written to.
-    Raises ValueError on shapes that do not fit and on a temperature that is not positive.
+    Raises ValueError on shapes that do not fit, labels outside the vocabulary and a temperature that is not positive.
     """
     if logits.dim() != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(f"logits must be [N, V] and labels [N], but are {list(logits.shape)} and {list(labels.shape)}")
@@ -76,8 +76,18 @@ class RowSums(NamedTuple):
 def local_columns(
     labels: Tensor, *, num_columns: int, vocab_size: int, group: dist.ProcessGroup | None
 ) -> LocalColumns:
-    """Place labels [N] in this rank's slice of `num_columns` columns."""
-    first = num_columns * (group.rank() if group is not None else 0)
+    """Place labels [N] in this rank's slice of `num_columns` columns.
+
+    Raises ValueError for labels outside the vocabulary, and for a vocabulary that the ranks' columns do not hold.
+    """
+    rank, num_ranks = (0, 1) if group is None else (group.rank(), group.size())
+    if not 1 <= vocab_size <= num_columns * num_ranks:
+        raise ValueError(f"vocab_size is {vocab_size}, but must be from 1 to the {num_columns * num_ranks} columns")
+    if labels.numel() > 0:  # a label that no rank has would pass for the likeliest token
+        lowest, highest = torch.stack(labels.aminmax()).tolist()
+        if lowest < 0 or highest >= vocab_size:
+            raise ValueError(f"labels go from {lowest} to {highest}, but must be in [0, {vocab_size})")
+    first = num_columns * rank
     num_valid = max(0, min(num_columns, vocab_size - first))
     is_local = (labels >= first) & (labels < first + num_valid)
     return LocalColumns(num_valid, torch.where(is_local, labels - first, 0), is_local)

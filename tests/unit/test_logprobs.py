@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_fipo.ops.linear_logprobs import linear_logprobs
 from megatron_fipo.ops.logprobs import vocab_parallel_logprobs
 
 NUM, VOCAB, PADDED = 9, 37, 48
@@ -114,3 +115,18 @@ def test_shapes_that_do_not_belong_together_are_an_error() -> None:
         vocab_parallel_logprobs(torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64), vocab_size=3)
     with pytest.raises(ValueError, match=r"temperature is -1.0, but must be a number > 0"):
         vocab_parallel_logprobs(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), vocab_size=3, temperature=-1.0)
+
+
+@pytest.mark.parametrize("labels", [[0, -100], [3, 0]])
+def test_labels_outside_the_vocabulary_are_an_error(labels: list[int]) -> None:
+    message = rf"labels go from {min(labels)} to {max(labels)}, but must be in \[0, 3\)"
+    logits = torch.zeros(2, 5)  # of which two columns are padding
+    with pytest.raises(ValueError, match=message):
+        vocab_parallel_logprobs(logits, torch.tensor(labels), vocab_size=3)
+    with pytest.raises(ValueError, match=message):
+        linear_logprobs(logits, torch.zeros(5, 5), torch.tensor(labels), vocab_size=3, chunk_size=1)
+
+
+def test_a_vocabulary_larger_than_the_columns_is_an_error() -> None:
+    with pytest.raises(ValueError, match="vocab_size is 6, but must be from 1 to the 5 columns"):
+        vocab_parallel_logprobs(torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64), vocab_size=6)
