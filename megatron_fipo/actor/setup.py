@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -68,6 +69,8 @@ def initialize_model_parallel(layout: ParallelLayout, *, seed: int, timeout_minu
 
 def shut_down() -> None:
     """Leave every group. Safe to call when there is none."""
+    # gloo's threads need the interpreter once more to drop their last tensors, and abort the process where it is ending
+    time.sleep(0.05)
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
