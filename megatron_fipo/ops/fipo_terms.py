@@ -1,7 +1,8 @@
 """The clipped policy loss with its influence weights and its gradient, fused: log-probs in, d loss / d log-probs out.
 
-It is what `losses.policy` builds from tensor operations and autograd, in one pass without temporaries; `f = 1` and no
-scan for algorithms without influence weights. CPU tensors go through compiled loops, CUDA tensors through Triton.
+It is what `losses.eager` builds from tensor operations and autograd; `f = 1` and no scan for algorithms without
+influence weights. CPU tensors go through compiled loops in one pass, CUDA tensors through Triton kernels. Derivation:
+README.md beside this file.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def compiled_terms(
     num_tokens, num_response = logprobs.numel(), int(mask.sum())
     num_scanned, num_scanned_response = (num_tokens, num_response) if with_influence else (0, 0)
     out = {
-        "gradient": torch.empty_like(logprobs, memory_format=torch.contiguous_format),
+        "gradient": torch.empty_like(logprobs),
         "future_kl": logprobs.new_empty(num_scanned),
         "influence_weights": logprobs.new_empty(num_scanned),
         "stat_shift": logprobs.new_empty(num_response),

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-BLOCK_LEN = 1024  # tokens; the block's arrays take 9 KB in float64
+BLOCK_LEN = 1024  # tokens; the block's arrays take 35 KB in float64, 23 KB in fp32
 LOG2_E = math.log2(math.e)
 LN2_HIGH = 6.93147180369123816490e-01  # ln 2 = high + low; n * high is exact for |n| < 2^20
 LN2_LOW = 1.90821492927058770002e-10

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from processes import run_ranks
 from torch import Tensor
 
 from megatron_fipo.config import LOSS_AGGREGATIONS, FIPOSettings, PPOSettings
-from megatron_fipo.losses import LOSSES, collect_token_stats, update_metrics
+from megatron_fipo.losses import LOSSES, collect_token_stats, fipo_loss, update_metrics
 from megatron_fipo.ops.zigzag import zigzag_indices
 
 BASE = FIPOSettings(influence_low=0.8, influence_high=1.2, safety_threshold=3.0, half_life=8.0)
@@ -122,12 +123,47 @@ def score_shares() -> dict[str, Any]:
             mine = zigzag_indices(whole["cu_seqlens"], group.size(), group.rank())
             share = {key: value if key == "cu_seqlens" else value[mine] for key, value in whole.items()}
             found[f"{group.size()}/{name}"] = score(share, name, settings, {**options, "group": group})
+    found["exchanged"] = exchanged_numbers()
+    return found
+
+
+def exchanged_numbers() -> dict[str, list[int]]:
+    """How many numbers each collective takes from this rank, for a training loss on three sequences of 4000 tokens."""
+    offsets = torch.tensor([0, 4000, 8000, 12000], dtype=torch.int32)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    old, shift, advantages = torch.randn(3, 12000 // dist.get_world_size(), generator=generator)
+    logprobs = (old + 0.1 * shift).requires_grad_()
+    settings = dataclasses.replace(BASE, semantics="released")
+    found = {}
+    for fused in (True, False):
+        with torch.profiler.profile(record_shapes=True) as profile:
+            loss, _ = fipo_loss(
+                logprobs,
+                old,
+                advantages,
+                torch.ones_like(old),
+                settings,
+                cu_seqlens=offsets,
+                group=dist.group.WORLD,
+                fused=fused,
+                with_metrics=False,
+            )
+            loss.backward()
+        found[str(fused)] = [
+            math.prod(event.input_shapes[0]) for event in profile.events() if event.name.startswith("gloo:")
+        ]
     return found
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_ranks(tmp_path_factory.mktemp("shares"), 4, score_shares)
+
+
+def test_ranks_exchange_two_numbers_per_sequence_and_no_token(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        # pieces' totals, and the counts of response and dual-clipped tokens
+        assert rank["exchanged"] == {"True": [6, 6], "False": [6, 6]}
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])

@@ -134,6 +134,21 @@ def test_other_dtypes_and_strided_tensors_get_a_gradient_of_their_own_kind() -> 
     assert torch.equal(score("fipo", columns, BASE)[1], score("fipo", straight, BASE)[1])  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_no_bit_of_a_sequence_depends_on_its_neighbours(dtype: torch.dtype) -> None:
+    lengths = [1500, 0, 3, 1024, 2, 37, 1025]
+    inputs = make_inputs(sum(lengths), dtype=dtype)
+    offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    _, together, info = score("fipo", inputs, BASE, cu_seqlens=offsets, denominator=1)
+    for start, end in itertools.pairwise(offsets.tolist()):
+        part = tuple(tensor[start:end] for tensor in inputs)
+        whole = torch.tensor([0, end - start], dtype=torch.int32)
+        _, alone, found = score("fipo", part, BASE, cu_seqlens=whole, denominator=1)  # type: ignore[arg-type]
+        assert torch.equal(together[start:end], alone)
+        for key in ("future_kl", "influence_weights"):
+            assert torch.equal(info[key][start:end], found[key])
+
+
 def test_nothing_is_computed_twice_when_no_gradient_is_wanted() -> None:
     inputs = make_inputs(3, 50)
     loss, info = dapo_loss(*inputs, BASE)
