@@ -161,7 +161,11 @@ def train_steps(actor: Actor, steps: range) -> list[dict[str, float] | None]:
 
 def state_of(actor: Actor) -> dict[str, torch.Tensor]:
     """Everything on this rank that the next update depends on."""
-    state = {f"parameter {name}": p.detach().clone() for name, p in actor.chunks[0].named_parameters()}
+    state = {
+        f"parameter {index}.{name}": p.detach().clone()
+        for index, chunk in enumerate(actor.chunks)
+        for name, p in chunk.named_parameters()
+    }
     for part in getattr(actor.optimizer, "chained_optimizers", [actor.optimizer]):
         for g, group in enumerate(part.optimizer.param_groups):
             state[f"group {g}"] = torch.tensor([group["lr"], group["weight_decay"], group["eps"], *group["betas"]])

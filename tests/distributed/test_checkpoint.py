@@ -21,6 +21,8 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
     "pp2 tied bf16": {"layout": {"pp": 2}, "bf16": True},
     "tp2 fp32": {"layout": {"tp": 2}, "bf16": False},
     "tp2 sp bf16": {"layout": {"tp": 2, "sp": True}, "bf16": True},
+    "pp2 vpp2 bf16": {"layout": {"pp": 2, "vpp": 2}, "bf16": True},
+    "cp2 bf16": {"layout": {"cp": 2}, "bf16": True},
 }
 ONE_RANK: dict[str, dict[str, Any]] = {"one rank fp32": {"layout": {}, "bf16": False}}
 
@@ -44,7 +46,11 @@ def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[st
     save_model(directory / "other", "qwen3", tied=True)
     (directory / "not a directory").write_text("")
     shared = {"model_dir": str(directory / "model"), "roots": str(directory), "reshard_from": RESHARDED}
-    two = {"cases": TWO_RANKS, "reshard_to": [{"tp": 2}, {"pp": 2}, {}], "other_model_dir": str(directory / "other")}
+    two = {
+        "cases": TWO_RANKS,
+        "reshard_to": [{"tp": 2}, {"pp": 2}, {"pp": 2, "vpp": 2}, {"cp": 2}, {}],
+        "other_model_dir": str(directory / "other"),
+    }
     one = {"cases": ONE_RANK, "reshard_to": [{}], "other_model_dir": None}
     return {num: run_ranks(directory, num, run_checks, {**shared, **wanted}) for num, wanted in ((2, two), (1, one))}
 

@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from actor_on_ranks import run_cases
-from processes import run_ranks
-from test_invariance import NUM_SEQUENCES, assert_same_update, reference
+from test_invariance import NUM_SEQUENCES, assert_same_update, reference, updates_of
 from tiny_models import hf_logits, make_sequences, published, save_model
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -51,16 +49,7 @@ def references(model_dir: Path) -> dict[str, dict[str, Any]]:
 def updates(
     model_dir: Path, references: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, list[dict[str, Any]]]:
-    """What every layout's cases left on rank 0. Layouts of one number of ranks share their processes."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for num_ranks in sorted({num for num, _ in LAYOUTS.values()}):
-        kwargs = {
-            "model_dir": str(model_dir),
-            "old_logprobs": references["paper"]["old"],
-            "layouts": {name: options for name, (num, options) in LAYOUTS.items() if num == num_ranks},
-        }
-        found |= run_ranks(tmp_path_factory.mktemp("ranks"), num_ranks, run_layouts, kwargs, timeout_s=300)[0]
-    return found
+    return updates_of(LAYOUTS, CASES, model_dir, references["paper"]["old"], tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -85,18 +74,3 @@ def test_no_token_is_near_a_change_of_experts_and_none_is_idle(model_dir: Path) 
     best = torch.cat(logits).topk(3, dim=-1)
     assert (best.values[:, 1] - best.values[:, 2]).min() > 1e-4
     assert best.indices[:, :2].unique().tolist() == list(range(8))
-
-
-# ---- on the ranks
-
-
-def run_layouts(
-    model_dir: str, old_logprobs: list[torch.Tensor], layouts: dict[str, dict[str, Any]]
-) -> dict[str, list[dict[str, Any]]]:
-    from megatron.core import parallel_state
-
-    found = {}
-    for name, layout in layouts.items():
-        found[name] = run_cases(model_dir, old_logprobs, NUM_SEQUENCES, layout, CASES)
-        parallel_state.destroy_model_parallel()
-    return found
