@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from megatron_fipo.ops.packing import micro_batches, pack, shared_micro_batches
+from megatron_fipo.ops.packing import micro_batches, pack, padded_length, shared_micro_batches
 from megatron_fipo.ops.zigzag import zigzag_indices
 from megatron_fipo.types import TrainSequence
 
@@ -174,3 +176,38 @@ def test_context_parallel_shares_put_together_are_the_padded_pack() -> None:
                         assert share.labels[place] == sequence.token_ids[at + 1]
                 else:
                     assert not share.loss_mask[place]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(2, 40), min_size=1, max_size=12),
+    cp_size=st.sampled_from([1, 2, 3, 4]),
+    multiple_of=st.sampled_from([1, 2, 4]),
+    budget=st.integers(48, 200),
+    at_least=st.integers(1, 5),
+)
+def test_whatever_the_cut_every_token_is_packed_once_and_in_its_place(
+    lengths: list[int], cp_size: int, multiple_of: int, budget: int, at_least: int
+) -> None:
+    sequences = [make_sequence(list(range(100 * i, 100 * i + n)), [1] * (n - 1) + [0]) for i, n in enumerate(lengths)]
+    padded = [padded_length(n, cp_size) for n in lengths]
+    batches = micro_batches(padded, budget, at_least=at_least)
+    assert len(batches) >= at_least
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    for members in batches:
+        shares = [
+            pack(sequences, members, cp_size=cp_size, cp_rank=rank, multiple_of=multiple_of) for rank in range(cp_size)
+        ]
+        offsets = shares[0].cu_seqlens
+        whole = torch.zeros(int(offsets[-1]), dtype=torch.int64)
+        trained = torch.zeros_like(whole, dtype=torch.bool)
+        for rank, share in enumerate(shares):
+            assert len(share.token_ids) % multiple_of == 0
+            mine = zigzag_indices(offsets, cp_size, rank)
+            whole[mine], trained[mine] = share.token_ids, share.loss_mask
+        for member, start in zip(members, offsets.tolist()):
+            end = start + lengths[member]
+            assert whole[start:end].tolist() == sequences[member].token_ids.tolist()
+            assert trained[start:end].tolist() == sequences[member].loss_mask.tolist()
+        assert int(trained.sum()) == sum(lengths[member] - 1 for member in members)
+        assert sum(padded[member] for member in members) <= budget
