@@ -105,7 +105,7 @@ class BatchSettings:
     num_updates_per_rollout: int = setting(8, "updates per rollout batch; FIPO needs at least 2")
     max_tokens_per_micro_batch: int = setting(32768, "token budget of one packed micro-batch on one rank")
     log_probs_chunk_size: int = setting(
-        512, "tokens whose logits exist at a time; backward makes all but the last chunk again; -1: all at once"
+        1024, "tokens whose logits exist at a time; backward makes all but the last chunk again; -1: all at once"
     )
 
     @property

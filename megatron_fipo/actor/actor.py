@@ -195,7 +195,7 @@ def build_actor(
     max_response_len: int,
     vocab_divisible_by: int = 1,
     temperature: float = 1.0,
-    logprobs_chunk_size: int = 512,
+    logprobs_chunk_size: int = 1024,
 ) -> Actor:
     """Build this rank's stage, load its weights, and make the optimizer over them.
 
