@@ -21,6 +21,7 @@ LOSS_AGGREGATIONS: tuple[str, ...] = (
     "seq-mean-token-mean",
     "seq-mean-token-sum-norm",
 )
+LEAST_TEMPERATURE = 1e-6  # of SGLang's sampling
 
 
 def setting(default: T, help: str, *, flag: str | None = None, choices: tuple[str, ...] | None = None) -> T:
@@ -167,7 +168,12 @@ class RolloutSettings:
     def __post_init__(self) -> None:
         require(self.rollout_max_prompt_len >= 1, "--rollout-max-prompt-len", self.rollout_max_prompt_len, ">= 1")
         require(self.rollout_max_response_len >= 1, "--rollout-max-response-len", self.rollout_max_response_len, ">= 1")
-        require(self.rollout_temperature > 0, "--rollout-temperature", self.rollout_temperature, "> 0")
+        require(
+            self.rollout_temperature >= LEAST_TEMPERATURE,
+            "--rollout-temperature",
+            self.rollout_temperature,
+            f">= {LEAST_TEMPERATURE}: below it SGLang takes the likeliest token",
+        )
         require(
             self.over_sampling_batch_size is None or self.over_sampling_batch_size >= 1,
             "--over-sampling-batch-size",

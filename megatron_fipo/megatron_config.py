@@ -118,12 +118,8 @@ class MegatronSettings:
             self.transformer_impl,
             "local when --device is cpu: Transformer Engine needs CUDA",
         )
-        require(
-            self.transformer_impl != "local" or not (self.transformer.get("fp8") or self.transformer.get("fp4")),
-            "--transformer-impl",
-            self.transformer_impl,
-            "transformer_engine with --fp8-format or --fp4-format",
-        )
+        divisor = self.model.get("make_vocab_size_divisible_by", 1)
+        require(divisor >= 1, "--make-vocab-size-divisible-by", divisor, ">= 1")
         for name in ("hidden_dropout", "attention_dropout"):
             require(
                 self.transformer.get(name, 0) == 0,

@@ -132,8 +132,8 @@ def _number(flag: str, text: str) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if math.isnan(value):
-        raise ValueError(f"{flag} is {text!r}, but must be a number")
+    if not math.isfinite(value):
+        raise ValueError(f"{flag} is {text!r}, but must be a number, and finite")
     return value
 
 
@@ -142,7 +142,7 @@ def _size(flag: str, text: str) -> int:
     for suffix, factor in factors.items():
         if text.endswith(suffix):
             scaled = _number(flag, text.removesuffix(suffix)) * factor
-            if scaled != int(scaled):
+            if not scaled.is_integer():
                 raise ValueError(f"{flag} is {text!r}, but must be a whole number")
             return int(scaled)
     return _integer(flag, text)

@@ -115,6 +115,8 @@ ERRORS = {
     "integer": (["--train-iters", "1e3"], ["--train-iters is '1e3'", "an integer"]),
     "number": (["--lr", "fast"], ["--lr is 'fast'", "a number"]),
     "not a number": (["--lr", "nan"], ["--lr is 'nan'", "a number"]),
+    "infinity": (["--rollout-temperature", "inf"], ["--rollout-temperature is 'inf'", "finite"]),
+    "infinite size": (["--sglang-max-total-tokens", "1e308T"], ["--sglang-max-total-tokens is '1e308T'", "whole"]),
     "negative number": (["--lr", "-1"], ["--lr is -1.0", "in [0, 1)"]),
     "choice": (["--loss-agg", "mean"], ["--loss-agg is 'mean'", "token-mean, seq-mean-token-sum"]),
     "algorithm": (["--algorithm", "ppo"], ["--algorithm is 'ppo'", "grpo, dapo, fipo"]),

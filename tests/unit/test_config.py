@@ -39,7 +39,7 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (BatchSettings, {"num_updates_per_rollout": 7}, "a divisor of --rollout-batch-size (512)"),
     (BatchSettings, {"max_tokens_per_micro_batch": 0}, "--max-tokens-per-micro-batch is 0"),
     (BatchSettings, {"log_probs_chunk_size": 0}, "--log-probs-chunk-size is 0, but must be >= 1 token, or -1"),
-    (RolloutSettings, {"rollout_temperature": 0}, "--rollout-temperature is 0, but must be > 0"),
+    (RolloutSettings, {"rollout_temperature": 1e-7}, "--rollout-temperature is 1e-07, but must be >= 1e-06"),
     (RolloutSettings, {"max_generation_batches": 0}, "--max-generation-batches is 0"),
     (RolloutSettings, {"over_sampling_batch_size": 0}, "--over-sampling-batch-size is 0"),
     (RolloutSettings, {"overlong_buffer_len": 0}, "--overlong-buffer-len is 0"),
@@ -89,7 +89,7 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
         "--recompute-num-layers is 2, but must be unset unless",
     ),
     (MegatronSettings, {"transformer_impl": "transformer_engine", "device": "cpu"}, "Transformer Engine needs CUDA"),
-    (MegatronSettings, {"transformer_impl": "local", "transformer": {"fp8": "e4m3"}}, "transformer_engine with --fp8"),
+    (MegatronSettings, {"model": {"make_vocab_size_divisible_by": 0}}, "--make-vocab-size-divisible-by is 0"),
 ]
 
 
