@@ -6,13 +6,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from megatron_fipo.arguments import Settings
-from megatron_fipo.config import require
+from megatron_fipo.config import EngineSettings, require
 from megatron_fipo.flags.megatron_table import contradictions, flag_of_field
+from megatron_fipo.megatron_config import MegatronSettings
 from megatron_fipo.metrics.records import EVALUATIONS_FILE, METRICS_FILE, SAMPLES_FILE
 from megatron_fipo.parallel import ParallelLayout
 from megatron_fipo.weights.architecture import (
@@ -23,6 +23,11 @@ from megatron_fipo.weights.architecture import (
     to_transformer_fields,
 )
 from megatron_fipo.weights.hf_files import HFWeights, check_hf_shapes, check_replaceable
+
+NEED_TRANSFORMER_ENGINE = frozenset(
+    "cp_comm_type fp4 fp8 moe_grouped_gemm moe_permute_fusion moe_router_fusion tp_comm_overlap "
+    "use_precision_aware_optimizer use_te_activation_func".split()
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +65,7 @@ def check_run(settings: Settings, environment: Mapping[str, str]) -> Checked:
     arch, weights = check_checkpoint(settings, layout)
     _check_directories(settings)
     transformer_impl = choose_transformer_impl(settings, device)
-    check_expert_flags(settings.megatron.transformer, arch, transformer_impl)
+    check_layer_flags(settings.megatron, arch, transformer_impl)
     return Checked(layout, device, transformer_impl, arch, weights)
 
 
@@ -108,19 +113,26 @@ def choose_transformer_impl(settings: Settings, device: torch.device) -> str:
     return chosen
 
 
-def check_expert_flags(explicit: Mapping[str, Any], arch: Architecture, transformer_impl: str) -> None:
-    """Raise ValueError naming a flag about experts that a dense model, or the layers chosen, cannot follow."""
+def check_layer_flags(megatron: MegatronSettings, arch: Architecture, transformer_impl: str) -> None:
+    """Raise ValueError naming a flag that the model, or the implementation of its layers, cannot follow."""
+    explicit = {**megatron.transformer, **megatron.optimizer}
     for name, value in explicit.items():
         if name.startswith("moe_"):
             where = f"absent: the checkpoint's model ({arch.family}) has no experts"
             require(arch.num_moe_experts is not None, flag_of_field(name), value, where)
-    for name in ("moe_grouped_gemm", "moe_permute_fusion", "moe_router_fusion"):
         require(
-            not explicit.get(name) or transformer_impl == "transformer_engine",
+            not value or name not in NEED_TRANSFORMER_ENGINE or transformer_impl == "transformer_engine",
             flag_of_field(name),
-            True,
+            value,
             f"absent with --transformer-impl {transformer_impl}: it needs Transformer Engine",
         )
+    cp, groups = megatron.context_parallel_size, arch.num_query_groups // megatron.tensor_model_parallel_size
+    require(
+        explicit.get("cp_comm_type") != "a2a" or groups % cp == 0,
+        "--cp-comm-type",
+        "a2a",
+        f"another: its ranks share out heads, and {groups} query groups do not divide by --context-parallel-size {cp}",
+    )
 
 
 def check_checkpoint(settings: Settings, layout: ParallelLayout) -> tuple[Architecture, HFWeights]:
@@ -141,12 +153,7 @@ def check_checkpoint(settings: Settings, layout: ParallelLayout) -> tuple[Archit
     if differences:
         raise ValueError("; ".join(differences))
     check_layout(arch, layout)
-    require(
-        arch.num_attention_heads % settings.engine.tp_size == 0,
-        "--rollout-num-gpus-per-engine",
-        settings.engine.tp_size,
-        f"a divisor of the checkpoint's {arch.num_attention_heads} attention heads",
-    )
+    _check_engine_layout(settings.engine, arch)
     longest = settings.rollout.rollout_max_prompt_len + settings.rollout.rollout_max_response_len
     require(
         longest <= arch.max_position_embeddings,
@@ -173,6 +180,18 @@ def check_checkpoint(settings: Settings, layout: ParallelLayout) -> tuple[Archit
         )
     check_hf_shapes(arch, weights)
     return arch, weights
+
+
+def _check_engine_layout(engine: EngineSettings, arch: Architecture) -> None:
+    """An engine's ranks cut attention and FFN evenly; of experts, only those that do not share them out."""
+    tp, flag = engine.tp_size, "--rollout-num-gpus-per-engine"
+    ep = engine.server_args.get("ep_size", 1)
+    require(ep >= 1 and tp % ep == 0, "--sglang-ep-size", ep, f"a divisor of {flag} ({tp})")
+    ffn, what = arch.ffn_hidden_size, "FFN channels"
+    if arch.num_moe_experts:
+        ffn, what = (arch.moe_ffn_hidden_size or 0) * ep, f"FFN channels of an expert x --sglang-ep-size ({ep})"
+    for count, name in ((arch.num_attention_heads, "attention heads"), (ffn, what)):
+        require(count % tp == 0, flag, tp, f"a divisor of the checkpoint's {count} {name}")
 
 
 def _check_pipeline_overlap(settings: Settings, layout: ParallelLayout, device: torch.device) -> None:

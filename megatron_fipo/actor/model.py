@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from megatron_fipo.actor.local_spec import Pack, PackedAttention, local_block_spec
 from megatron_fipo.actor.logprob_head import LogprobHead, model_takes_output_processor, policy_output
+from megatron_fipo.actor.megatron_flags import checked_config
 from megatron_fipo.actor.moe_layers import ROUTER_FIELDS
 from megatron_fipo.parallel import ParallelLayout
 from megatron_fipo.types import PackedBatch
@@ -43,7 +44,10 @@ def transformer_config(
     device: torch.device,
     overrides: Mapping[str, Any],
 ) -> TransformerConfig:
-    """megatron-core's configuration for a checkpoint's architecture in a layout; `overrides` are the user's flags."""
+    """megatron-core's configuration for a checkpoint's architecture in a layout; `overrides` are the user's flags.
+
+    Raises ValueError for flags that megatron-core does not take together.
+    """
     fields: dict[str, Any] = {
         **to_transformer_fields(arch),
         **(ROUTER_FIELDS if arch.num_moe_experts else {}),
@@ -73,7 +77,7 @@ def transformer_config(
         fields.update(overlap_p2p_comm=True, batch_p2p_comm=False)  # Megatron-LM's default
     if device.type == "cpu":
         fields.update(_WITHOUT_CUDA)
-    return TransformerConfig(**{**fields, **overrides})
+    return checked_config(TransformerConfig, {**fields, **overrides})
 
 
 def _leave_uninitialised(weight: Tensor) -> Tensor:
@@ -133,8 +137,9 @@ def build_policy(
     device: torch.device,
 ) -> list[DistributedDataParallel]:
     """This rank's chunks of the model (one, unless stages are interleaved), without weights yet, in Megatron's DDP."""
-    ddp_config = DistributedDataParallelConfig(
-        **{"use_distributed_optimizer": True, "grad_reduce_in_fp32": True, "overlap_grad_reduce": False, **ddp}
+    ddp_config = checked_config(
+        DistributedDataParallelConfig,
+        {"use_distributed_optimizer": True, "grad_reduce_in_fp32": True, "overlap_grad_reduce": False, **ddp},
     )
     chunks = []
     for index in range(layout.vpp):

@@ -11,19 +11,22 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer import get_standard_config_overrides as standard_overrides
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_fipo.actor.megatron_flags import checked_config
+
 
 def build_optimizer(
     chunks: Sequence[DistributedDataParallel], *, params_dtype: torch.dtype, overrides: Mapping[str, Any]
 ) -> MegatronOptimizer:
     """Adam over this rank's shard, fp32 master weights. Norms and biases are not decayed."""
-    config = OptimizerConfig(
-        **{
+    config = checked_config(
+        OptimizerConfig,
+        {
             "optimizer": "adam",
             "use_distributed_optimizer": chunks[0].ddp_config.use_distributed_optimizer,
             "bf16": params_dtype == torch.bfloat16,
             "params_dtype": params_dtype,
             **overrides,
-        }
+        },
     )
     optimizer = get_megatron_optimizer(
         config, list(chunks), config_overrides=standard_overrides(config), use_gloo_process_groups=False

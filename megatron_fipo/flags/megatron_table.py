@@ -74,7 +74,7 @@ FIELD_FLAGS: Mapping[str, Mapping[str, Any]] = {
 _MOMENTS = ValueType("str", ("fp32", "fp16", "bf16", "fp8"))
 _TYPES: Mapping[str, ValueType] = {
     "attention_backend": ValueType("str", ("flash", "fused", "unfused", "local", "auto")),  # enum AttnBackend
-    "cp_comm_type": ValueType("str", ("p2p", "all_gather", "a2a", "a2a+p2p")),
+    "cp_comm_type": ValueType("str", ("p2p", "all_gather", "a2a")),  # a2a+p2p wants a hierarchy of groups
     "optimizer": ValueType("str", ("adam",)),
     "moe_token_dispatcher_type": ValueType("str", ("alltoall",)),
     "moe_router_load_balancing_type": ValueType("str", ("none",)),

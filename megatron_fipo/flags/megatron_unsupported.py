@@ -23,6 +23,7 @@ _OFFLOAD = "offloading is not supported"
 _GATHER = "weights go to the engines right after an update, so they are gathered in it"
 _UNEVEN = "every pipeline stage has the same number of layers"
 _GRAPHS = "CUDA graphs need fixed shapes; batches are packed to varying lengths"
+_BACKEND = "the backend follows --device: nccl on CUDA, gloo on a CPU"
 _SCHEDULE = "the learning rate is constant after --lr-warmup-iters updates"
 _DATA = "problems come from --task or --prompt-data"
 _TOKENIZER = "the tokenizer is --hf-checkpoint's"
@@ -35,7 +36,11 @@ UNSUPPORTED_FLAGS: Mapping[str, str] = {
     # Named before the patterns: the first match is the reason given.
     "--calculate-per-token-loss": "it is always on: the loss has one global normaliser",
     "--ddp-average-in-collective": "it contradicts the global normaliser of the loss",
-    "--distributed-backend": "the backend follows --device: nccl on CUDA, gloo on a CPU",
+    "--distributed-backend": _BACKEND,
+    "--pipeline-model-parallel-comm-backend": _BACKEND,
+    "--use-ring-exchange-p2p": "it needs a build of torch of its own",
+    "--num-distributed-optimizer-instances": "the optimizer is sharded over all data-parallel ranks",
+    "--fp32-residual-connection": "it is not supported",
     "--eval-iters": "evaluation covers all of --eval-prompt-data, or --num-eval-problems of a task",
     "--finetune": "without --load a run starts from --hf-checkpoint, with it where the checkpoint stopped",
     "--use-flash-attn": "use --attention-backend flash",
@@ -157,6 +162,7 @@ UNSUPPORTED_FLAGS: Mapping[str, str] = {
     "--hierarchical-context-parallel-sizes": "use --context-parallel-size alone",
     "--max-seqlen-per-dp-cp-rank": "use --context-parallel-size alone",
     "--*cuda-graph*": _GRAPHS,
+    "--te-rng-tracker": _GRAPHS,
     "--muon-*": "Adam is the only optimizer",
     "--sgd-momentum": "Adam is the only optimizer",
     "--lion-*": "Adam is the only optimizer",

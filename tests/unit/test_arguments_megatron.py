@@ -135,10 +135,8 @@ def test_megatron_lm_names_reach_megatron_core_fields(flags, mapping, expected):
             ["--transformer-impl", "transformer_engine", "--device", "cpu"],
             ["--transformer-impl is 'transformer_engine'", "--device is cpu"],
         ),
-        (
-            ["--transformer-impl", "local", "--fp8-format", "hybrid"],
-            ["--transformer-impl is 'local'", "--fp8-format"],
-        ),
+        (["--cp-comm-type", "a2a+p2p"], ["--cp-comm-type is 'a2a+p2p'", "p2p, all_gather, a2a"]),
+        (["--fp32-residual-connection"], ["--fp32-residual-connection is a Megatron-LM flag that is not supported"]),
         (["--tensor-model-parallel-size", "0"], ["--tensor-model-parallel-size is 0", ">= 1"]),
     ],
 )
@@ -218,6 +216,17 @@ def test_plain_values_become_megatrons_own():
     fields = config_fields({"attention_backend": "flash", "exp_avg_dtype": "bf16", "num_layers": 3})
     assert fields == {"attention_backend": AttnBackend.flash, "exp_avg_dtype": torch.bfloat16, "num_layers": 3}
     assert OptimizerConfig(**config_fields(megatron("--lr", "2e-6").optimizer_fields)).lr == 2e-6
+
+
+def test_what_megatron_core_asserts_of_its_fields_is_an_error_of_the_user():
+    import torch
+    from megatron.core.optimizer import OptimizerConfig
+
+    from megatron_fipo.actor.megatron_flags import checked_config
+
+    assert checked_config(OptimizerConfig, {"lr": 2e-6}).lr == 2e-6
+    with pytest.raises(ValueError, match=r"^megatron-core does not take these flags: exp_avg_dtype can only be fp32"):
+        checked_config(OptimizerConfig, {"exp_avg_dtype": torch.bfloat16})
 
 
 def test_contradictions_name_flag_and_both_values():

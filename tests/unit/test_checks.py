@@ -14,14 +14,14 @@ from safetensors.torch import save_file
 from megatron_fipo.arguments import Settings, parse_arguments
 from megatron_fipo.checks import (
     check_checkpoint,
-    check_expert_flags,
+    check_layer_flags,
     check_run,
     choose_device,
     choose_transformer_impl,
     ranks_from_environment,
 )
 from megatron_fipo.parallel import ParallelLayout
-from megatron_fipo.weights.architecture import hf_shapes, read_architecture
+from megatron_fipo.weights.architecture import Architecture, hf_shapes, read_architecture
 
 CONFIG: dict[str, Any] = {
     "model_type": "qwen2",
@@ -125,6 +125,8 @@ def test_a_checkpoint_that_fits_comes_back_read(checkpoint: Path) -> None:
         ([], {"tp": 4}, ["--tensor-model-parallel-size", "4"]),
         ([], {"dp": 5}, ["--global-batch-size is 4, but must be at least the number of data-parallel ranks (5)"]),
         (["--rollout-num-gpus-per-engine", "4"], {}, ["--rollout-num-gpus-per-engine is 4", "6 attention heads"]),
+        (["--rollout-num-gpus-per-engine", "3"], {}, ["--rollout-num-gpus-per-engine is 3", "64 FFN channels"]),
+        (["--sglang-ep-size", "2"], {}, ["--sglang-ep-size is 2", "divisor of --rollout-num-gpus-per-engine (1)"]),
         (
             ["--rollout-max-prompt-len", "200"],
             {},
@@ -209,14 +211,27 @@ def test_virtual_stages_reach_the_layout_and_overlap_on_gloo_is_refused(checkpoi
         )
 
 
-def test_expert_flags_are_compared_with_the_checkpoint_and_its_layers(checkpoint: Path) -> None:
+def test_flags_of_layers_are_compared_with_the_model_and_their_implementation(checkpoint: Path) -> None:
     dense = check_checkpoint(parse(checkpoint), ParallelLayout())[0]
     experts = replace(dense, family="qwen3_moe", num_moe_experts=4, moe_router_topk=2, moe_ffn_hidden_size=8)
-    check_expert_flags({"moe_grouped_gemm": True}, experts, "transformer_engine")
-    check_expert_flags({"moe_grouped_gemm": False, "moe_router_dtype": "fp64"}, experts, "local")
+
+    def check(arch: Architecture, transformer_impl: str, *flags: str) -> None:
+        check_layer_flags(parse(checkpoint, *flags).megatron, arch, transformer_impl)
+
+    check(experts, "transformer_engine", "--moe-grouped-gemm", "--fp8-format", "hybrid")
+    check(experts, "local", "--moe-router-dtype", "fp64")
     with pytest.raises(ValueError, match="--moe-router-dtype is 'fp32', but must be absent: the checkpoint's model"):
-        check_expert_flags({"moe_router_dtype": "fp32"}, dense, "local")
-    with pytest.raises(ValueError, match="--moe-grouped-gemm is True, but must be absent with"):
-        check_expert_flags({"moe_grouped_gemm": True}, experts, "local")
+        check(dense, "local", "--moe-router-dtype", "fp32")
+    for flags in (
+        ["--moe-grouped-gemm"],
+        ["--fp8-format", "hybrid"],
+        ["--cp-comm-type", "p2p"],
+        ["--tp-comm-overlap"],
+        ["--use-precision-aware-optimizer"],
+    ):
+        with pytest.raises(ValueError, match=f"{flags[0]} is .*, but must be absent with --transformer-impl local"):
+            check(experts, "local", *flags)
+    with pytest.raises(ValueError, match=r"--cp-comm-type is 'a2a', .* 2 query groups .* --context-parallel-size 4"):
+        check(dense, "transformer_engine", "--context-parallel-size", "4", "--cp-comm-type", "a2a")
     with pytest.raises(ValueError, match="--num-experts is 8, but the checkpoint"):
         check_checkpoint(parse(checkpoint, "--num-experts", "8"), ParallelLayout())
