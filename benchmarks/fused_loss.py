@@ -19,7 +19,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peaks import now, peak, start_peak
 from torch import Tensor
 
 from megatron_fipo.config import FIPOSettings
@@ -121,11 +121,11 @@ def times(
             inputs = sets[turn % num_sets]
             turn += 1
             inputs[0].grad = None
-            start = _now(device)
+            start = now(device)
             loss = loss_of(inputs)
-            between = _now(device)
+            between = now(device)
             loss.backward()
-            end = _now(device)
+            end = now(device)
             if number >= 2:
                 forward[name].append(between - start)
                 both[name].append(end - start)
@@ -150,9 +150,9 @@ def extra_memory(loss_of: Contestant, shape: tuple[int, int], device: torch.devi
     loss_of(inputs).backward()
     inputs[0].grad = None
     loss_of.kept.clear()
-    before = _start_peak(device)
+    before = start_peak(device)
     loss_of(inputs).backward()
-    return _peak(device) - before
+    return peak(device) - before
 
 
 def start_child(options: argparse.Namespace, name: str, shape: tuple[int, int]) -> float:
@@ -175,36 +175,10 @@ def copy_bandwidth(device: torch.device) -> float:
     target = torch.zeros_like(source)
     runs = []
     for _ in range(5):
-        start = _now(device)
+        start = now(device)
         target.copy_(source)
-        runs.append(_now(device) - start)
+        runs.append(now(device) - start)
     return 2 * source.nbytes / min(runs)
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def _start_peak(device: torch.device) -> float:
-    """Reset the peak; bytes in use now."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM falls to the current resident size
-    return _status_bytes("VmRSS")
-
-
-def _peak(device: torch.device) -> float:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status_bytes("VmHWM")
-
-
-def _status_bytes(field: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return 1024.0 * int(line.split()[1])
-    raise AssertionError(f"/proc/self/status has no {field}")
 
 
 def _shape(text: str) -> tuple[int, int]:

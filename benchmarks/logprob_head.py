@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from peaks import now, peak, start_peak
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,21 +120,21 @@ def run_child(options: argparse.Namespace) -> dict[str, float | str]:
     weight.requires_grad_()
     head = make_head(options.child, vocab_size)
     torch.mm(hidden[:8].detach(), weight[:8].detach().t())  # what the matrix library sets up once is not the head's
-    before = _start_peak(device)
+    before = start_peak(device)
     runs = []
     try:
         for _ in range(options.repeats):
             hidden.grad = weight.grad = None
-            start, start_cpu = _now(device), time.process_time()
+            start, start_cpu = now(device), time.process_time()
             logprobs, _ = head(hidden, weight, labels)
-            between = _now(device)
+            between = now(device)
             (logprobs * upstream).sum().backward()
-            runs.append((_now(device) - start, between - start, time.process_time() - start_cpu))
+            runs.append((now(device) - start, between - start, time.process_time() - start_cpu))
             del logprobs
     except torch.OutOfMemoryError:
         return {"failed": OUT_OF_MEMORY}
     both, forward, cpu = min(runs)
-    return {"both": both, "forward": forward, "cpu": cpu, "mib": (_peak(device) - before) / MIB}
+    return {"both": both, "forward": forward, "cpu": cpu, "mib": (peak(device) - before) / MIB}
 
 
 def make_head(name: str, vocab_size: int) -> Head:
@@ -170,32 +171,6 @@ def _log_softmax_head(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[T
     with torch.no_grad():
         entropy = -(rows.exp() * rows).sum(-1)
     return rows.gather(1, labels[:, None])[:, 0], entropy
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def _start_peak(device: torch.device) -> float:
-    """Reset the peak; bytes in use now."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM falls to the current resident size
-    return _status_bytes("VmRSS")
-
-
-def _peak(device: torch.device) -> float:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status_bytes("VmHWM")
-
-
-def _status_bytes(field: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return 1024.0 * int(line.split()[1])
-    raise AssertionError(f"/proc/self/status has no {field}")
 
 
 def _shape(text: str) -> tuple[int, int, int]:
