@@ -116,8 +116,3 @@ class ParallelLayout:
     @property
     def etp_rank(self) -> int:
         return self.rank % self.etp
-
-    @property
-    def expert_dp_rank(self) -> int:
-        """Which of the copies of its experts this rank holds."""
-        return self.rank % (self.world_size // self.pp) // (self.etp * self.ep)

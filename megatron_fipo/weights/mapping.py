@@ -74,9 +74,6 @@ LAYER_ALIASES: dict[str, str] = {
 }
 """Transformer Engine's fused layers keep the norm before them as their own parameter."""
 
-PARTITION_DIMS: dict[Partition, int | None] = {"replicated": None, "qkv": 0, "gate_up": 0, "row": 1, "vocab": 0}
-
-
 _EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(linear_fc[12]\.weight)")
 _LOCAL_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12]\.weight)")  # one module for each
 _GROUPED_EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12]\.weight)(\d+)")  # Transformer Engine's grouped GEMM
@@ -85,11 +82,6 @@ _GROUPED_EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12]\.weight)(\d+)")  # T
 def partition_of(name: str) -> Partition:
     """How tensor parallelism cuts the Megatron parameter `name`. An unknown name raises ValueError, here and below."""
     return _rule(name).partition
-
-
-def partition_dim(name: str) -> int | None:
-    """The dimension along which shards lie side by side; None: every rank holds the whole."""
-    return PARTITION_DIMS[partition_of(name)]
 
 
 def canonical_name(name: str, *, first_expert: int = 0) -> str:
@@ -119,11 +111,6 @@ def hf_names_of(name: str) -> tuple[str, ...]:
     layer, _ = _split_layer(name)
     prefix = "" if layer is None else f"model.layers.{layer}."
     return tuple(prefix + hf for hf in _rule(name).hf)
-
-
-def hf_names(arch: Architecture) -> list[str]:
-    """Every tensor of an export, in its order."""
-    return list(hf_shapes(arch))
 
 
 def expected_megatron_names(

@@ -16,9 +16,7 @@ from megatron_fipo.weights.mapping import (
     expected_megatron_names,
     expert_of,
     hf_from_shards,
-    hf_names,
     hf_names_of,
-    partition_dim,
     partition_of,
     shard_from_hf,
     shard_shape,
@@ -87,7 +85,7 @@ def test_round_trip_is_bit_equal_in_every_cut(tmp_path, family, tied, dtype):
                 for tensor in hf_from_shards(name, arch, shards_of(name, arch, weights, tp))
             )
             found = dict(checked_stream(arch, stream))
-            assert found.keys() == wanted.keys() == set(hf_names(arch))
+            assert found.keys() == wanted.keys() == hf_shapes(arch).keys()
             assert all(torch.equal(found[name], wanted[name]) and found[name].dtype == dtype for name in wanted)
 
 
@@ -156,7 +154,7 @@ def test_stages_together_hold_every_name_once(tmp_path):
     assert not first & last
     assert "embedding.word_embeddings.weight" in first
     assert {"decoder.final_layernorm.weight", "output_layer.weight"} <= last
-    assert sorted(hf for name in all_names(arch) for hf in hf_names_of(name)) == sorted(hf_names(arch))
+    assert sorted(hf for name in all_names(arch) for hf in hf_names_of(name)) == sorted(hf_shapes(arch))
 
 
 def test_tied_last_stage_has_its_own_copy_only_under_pipeline_parallelism(tmp_path):
@@ -187,10 +185,10 @@ def test_transformer_engine_norms_are_aliases(tmp_path):
 
 def test_partitions():
     layer = "decoder.layers.11."
-    assert (partition_of("embedding.word_embeddings.weight"), partition_dim("output_layer.weight")) == ("vocab", 0)
+    assert partition_of("embedding.word_embeddings.weight") == partition_of("output_layer.weight") == "vocab"
     assert partition_of(layer + "self_attention.linear_qkv.bias") == "qkv"
-    assert partition_dim(layer + "mlp.linear_fc2.weight") == 1
-    assert partition_dim(layer + "self_attention.linear_qkv.layer_norm_weight") is None
+    assert partition_of(layer + "mlp.linear_fc2.weight") == "row"
+    assert partition_of(layer + "self_attention.linear_qkv.layer_norm_weight") == "replicated"
 
 
 def test_an_experts_shard_is_its_ranks_gate_then_its_up(tmp_path):
@@ -258,7 +256,7 @@ def test_stream_check_sees_gaps_repeats_strangers_and_wrong_shapes(tmp_path):
     save_tiny_model(tmp_path, "llama")
     arch = read_architecture(tmp_path)
     tensors = [(name, torch.zeros(shape)) for name, shape in hf_shapes(arch).items()]
-    assert [name for name, _ in checked_stream(arch, tensors)] == hf_names(arch)
+    assert [name for name, _ in checked_stream(arch, tensors)] == list(hf_shapes(arch))
     for spoiled, message in (
         (tensors[:-1], "1 of 21 tensors were not exported, the first is lm_head.weight"),
         ([*tensors, tensors[3]], "exported twice"),
