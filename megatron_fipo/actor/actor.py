@@ -19,7 +19,7 @@ from megatron_fipo.actor.model import build_policy, transformer_config
 from megatron_fipo.actor.optimizer import build_optimizer, build_scheduler
 from megatron_fipo.actor.setup import Groups
 from megatron_fipo.actor.weights import WeightTable, export_weights, load_hf_weights, weight_table
-from megatron_fipo.config import PPOSettings
+from megatron_fipo.config import PPOSettings, require
 from megatron_fipo.losses import collect_token_stats, update_metrics
 from megatron_fipo.ops.packing import micro_batches, pack, padded_length, shared_micro_batches
 from megatron_fipo.ops.zigzag import zigzag_indices
@@ -136,6 +136,12 @@ class Actor:
         layout = self.layout
         max_tokens = padded_length(self.max_tokens_per_micro_batch * layout.cp, layout.cp)
         lengths = [padded_length(len(sequence.token_ids), layout.cp) for sequence in sequences]
+        require(
+            max(lengths) <= max_tokens,
+            "--max-tokens-per-micro-batch",
+            self.max_tokens_per_micro_batch,
+            f">= {max(lengths) // layout.cp}, this rank's share of the longest sequence",
+        )
         unit = layout.pp if layout.vpp > 1 else 1
         at_least = unit
         while True:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_fipo.ops.packing import micro_batches, pack, padded_length, shared_micro_batches
 from megatron_fipo.ops.zigzag import zigzag_indices
+from megatron_fipo.parallel import ParallelLayout
 from megatron_fipo.types import TrainSequence
 
 
@@ -211,3 +212,17 @@ def test_whatever_the_cut_every_token_is_packed_once_and_in_its_place(
             assert trained[start:end].tolist() == sequences[member].loss_mask.tolist()
         assert int(trained.sum()) == sum(lengths[member] - 1 for member in members)
         assert sum(padded[member] for member in members) <= budget
+
+
+def test_the_actor_says_what_budget_a_cut_sequence_needs_and_rounds_up_for_interleaved_stages() -> None:
+    from megatron_fipo.actor.actor import Actor
+
+    nothing = dict.fromkeys(Actor.__dataclass_fields__)
+    budget = {"max_tokens_per_micro_batch": 8, "share_prompts": False}
+    four_tokens = make_sequence([1] * 4, [1, 1, 1, 0])
+    actor = Actor(**{**nothing, **budget, "layout": ParallelLayout(pp=2, vpp=2)})
+    assert [len(batch) for batch in actor._micro_batches([four_tokens] * 5)] == [2, 1, 1, 1]
+    cut = Actor(**{**nothing, **budget, "layout": ParallelLayout(cp=2)})
+    assert cut._micro_batches([make_sequence([1] * 16, [1] * 15 + [0])]) == [[0]]
+    with pytest.raises(ValueError, match="--max-tokens-per-micro-batch is 8, but must be >= 10, this rank's share"):
+        cut._micro_batches([make_sequence([1] * 17, [1] * 16 + [0])])
