@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from processes import run_ranks
+from processes import TESTS, run_ranks
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -319,7 +319,10 @@ def test_an_engine_dies_with_its_trainer_and_repeats_another_engines_bits(engine
     expected = bits(engines[0].generate(requests_for(PROMPTS, num_samples=8, length=12, temperature=1.0)))
     shm_before = set(os.listdir("/dev/shm"))
     trainer = subprocess.Popen(
-        [sys.executable, __file__, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=dict(os.environ, RANK="0")
+        [sys.executable, __file__, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=dict(os.environ, RANK="0", PYTHONPATH=str(TESTS)),
     )
     assert trainer.stdout is not None
     line = trainer.stdout.readline()
