@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor, nn
 
 from megatron_fipo.actor.moe_layers import local_moe_spec
-from megatron_fipo.ops.zigzag import zigzag_indices
+from megatron_fipo.ops.zigzag import local_cu_seqlens, zigzag_indices
 
 
 class RMSNorm(nn.Module):
@@ -123,7 +123,7 @@ class PackedAttention(nn.Module):
         in_order = torch.cat(shares).argsort()  # where the gathered shares hold each token of the pack
         keys, values = _GatherShares.apply(torch.stack([key, value], dim=1), self.cp_group)[in_order].unbind(1)
         outputs = []
-        bounds, local_bounds = cu_seqlens.tolist(), (cu_seqlens // cp_size).tolist()
+        bounds, local_bounds = cu_seqlens.tolist(), local_cu_seqlens(cu_seqlens, cp_size).tolist()
         for i, (start, end) in enumerate(itertools.pairwise(bounds)):
             mine = slice(local_bounds[i], local_bounds[i + 1])
             is_visible = shares[cp_rank][mine, None] >= torch.arange(start, end, device=query.device)

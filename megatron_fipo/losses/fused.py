@@ -14,7 +14,7 @@ from megatron_fipo.ops.fipo_terms import fused_terms, scale_sequences
 
 
 def fused_policy_terms(batch: PolicyBatch, settings: PPOSettings, *, with_influence: bool) -> PolicyTerms:
-    """What `eager_terms` gives, from one pass over the tokens, without its temporaries."""
+    """What `eager_terms` gives, without its temporaries: one pass over the tokens on the CPU, three kernels on CUDA."""
     terms = fused_terms(
         batch.logprobs,
         batch.old_logprobs,
