@@ -16,19 +16,19 @@ from megatron_fipo.config import (
     LOSS_SETTINGS,
     Algorithm,
     BatchSettings,
-    DataSettings,
-    EngineSettings,
+    CorrectionSettings,
     FIPOSettings,
     PPOSettings,
     RolloutSettings,
-    RunSettings,
     require,
 )
+from megatron_fipo.data_config import DataSettings
 from megatron_fipo.flags.command_line import Given, read_arguments
 from megatron_fipo.flags.presets import PRESETS
 from megatron_fipo.flags.render import help_text, megatron_help_text, sglang_help_text
 from megatron_fipo.flags.table import DEFAULT_ALGORITHM, all_options
 from megatron_fipo.megatron_config import MegatronSettings
+from megatron_fipo.run_config import EngineSettings, GuardSettings, RunSettings
 
 S = TypeVar("S")
 
@@ -43,6 +43,13 @@ _ONLY_WITH = (
     ("data.label_key", "data.prompt_data", "--prompt-data"),
     ("data.rollout_shuffle", "data.prompt_data", "--prompt-data"),
     ("data.num_eval_problems", "data.task", "--task"),
+    ("data.deduplicate", "data.prompt_data", "--prompt-data"),
+    ("data.dedup_key", "data.prompt_data", "--prompt-data"),
+    ("correction.tis_clip", "correction.use_tis", "--use-tis"),
+    ("correction.tis_clip_low", "correction.use_tis", "--use-tis"),
+    ("correction.icepop_low", "correction.use_icepop", "--use-icepop"),
+    ("correction.icepop_high", "correction.use_icepop", "--use-icepop"),
+    ("rollout.partial_rollout_older_tokens", "rollout.partial_rollout_len", "--partial-rollout-len"),
 )
 """Settings whose flag says nothing without another one: setting, what it needs, that one's flag."""
 
@@ -58,11 +65,13 @@ class Settings:
 
     algorithm: Algorithm
     loss: PPOSettings  # FIPOSettings for fipo
+    correction: CorrectionSettings
     batch: BatchSettings
     rollout: RolloutSettings
     data: DataSettings
     run: RunSettings
     engine: EngineSettings
+    guards: GuardSettings
     megatron: MegatronSettings
     provenance: Mapping[str, str]
     notes: tuple[str, ...] = ()
@@ -78,6 +87,14 @@ class Settings:
             self.batch.num_updates_per_rollout,
             ">= 2 with --algorithm fipo: in the first update after a rollout the policy is still the old one, every "
             "influence weight is 1, and FIPO would be switched off (the paper makes 8)",
+        )
+        require(
+            self.rollout.partial_rollout_older_tokens == "mask"
+            or self.correction.use_tis
+            or self.correction.use_icepop,
+            "--partial-rollout-older-tokens",
+            self.rollout.partial_rollout_older_tokens,
+            "mask, or used with --use-tis or --use-icepop, which do the correcting",
         )
         require(
             not self.rollout.overlong_penalty
@@ -137,11 +154,13 @@ def settings_from(given: Mapping[str, Given], notes: Sequence[str] = ()) -> Sett
     loss_values = {name: values[f"loss.{name}"] for name in loss_fields if f"loss.{name}" in values}
     sections: dict[str, Any] = {
         "loss": dataclasses.replace(LOSS_SETTINGS[algorithm], **loss_values),
+        "correction": _section(CorrectionSettings, "correction", values),
         "batch": batch,
         "rollout": _resolved(rollout, batch, algorithm),
         "run": _section(RunSettings, "run", values),
         "data": _section(DataSettings, "data", values),
         "engine": _section(EngineSettings, "engine", values),
+        "guards": _section(GuardSettings, "guards", values),
         "megatron": _section(MegatronSettings, "megatron", values),
     }
     origin = {setting: "flag" if setting in explicit else "preset" for setting in values}
@@ -159,7 +178,7 @@ def config_text(settings: Settings) -> str:
     return "\n".join([*lines, *(f"note: {note}" for note in settings.notes)])
 
 
-_SECTIONS = ("run", "megatron", "batch", "loss", "rollout", "data", "engine")
+_SECTIONS = ("run", "megatron", "batch", "loss", "correction", "rollout", "data", "engine", "guards")
 
 
 def _section(settings_class: type[S], section: str, values: Mapping[str, Any]) -> S:
@@ -173,7 +192,7 @@ def _section(settings_class: type[S], section: str, values: Mapping[str, Any]) -
         if key:
             arguments[name][key] = value
         else:
-            arguments[name] = value
+            arguments[name] = tuple(value) if isinstance(value, list) else value
     return settings_class(**arguments)
 
 
@@ -242,7 +261,7 @@ def _check_given(
             why = "--no-" + flag.removeprefix("--") if switch is False else f"--algorithm {algorithm} without {flag}"
             raise ValueError(f"{given[setting].flag} is given, but has no effect with {why}")
     for setting, needed, flag in _ONLY_WITH:
-        if setting in given and values.get(needed) is None:
+        if setting in given and not values.get(needed):
             raise ValueError(f"{given[setting].flag} is given, but has no effect without {flag}")
 
 

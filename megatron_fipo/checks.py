@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 
 from megatron_fipo.arguments import Settings
-from megatron_fipo.config import EngineSettings, require
+from megatron_fipo.config import require
 from megatron_fipo.flags.megatron_table import contradictions, flag_of_field
 from megatron_fipo.megatron_config import MegatronSettings
 from megatron_fipo.metrics.records import EVALUATIONS_FILE, METRICS_FILE, SAMPLES_FILE
 from megatron_fipo.parallel import ParallelLayout
+from megatron_fipo.run_config import EngineSettings
 from megatron_fipo.weights.architecture import (
     Architecture,
     check_layout,

@@ -6,7 +6,6 @@ from `--field-name`, the flag. A ValueError raised here names the flag, the valu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -21,6 +20,7 @@ LOSS_AGGREGATIONS: tuple[str, ...] = (
     "seq-mean-token-mean",
     "seq-mean-token-sum-norm",
 )
+PartialTokens = Literal["mask", "correct"]
 LEAST_TEMPERATURE = 1e-6  # of SGLang's sampling
 
 
@@ -98,6 +98,45 @@ LOSS_SETTINGS: dict[str, PPOSettings] = {
 
 
 @dataclass(frozen=True)
+class CorrectionSettings:
+    """What multiplies or joins the policy loss of every algorithm, outside FIPO's influence weight.
+
+    With rho = exp(trainer's old log-prob - engine's log-prob) of a token, TIS weights its loss with
+    clamp(rho, tis_clip_low, tis_clip), IcePop with rho where icepop_low <= rho <= icepop_high and 0 elsewhere.
+    """
+
+    use_tis: bool = setting(False, "weight each token's loss with the truncated ratio of trainer and engine")
+    tis_clip: float = setting(2.0, "upper bound of the ratio (cap C of truncated importance sampling)")
+    tis_clip_low: float = setting(0.0, "lower bound of the ratio")
+    use_icepop: bool = setting(False, "likewise with the ratio, and drop tokens whose ratio is out of bounds")
+    icepop_low: float = setting(0.5, "lower bound of the ratio of tokens that are trained on")
+    icepop_high: float = setting(5.0, "upper bound of the ratio of tokens that are trained on")
+    kl_coef: float = setting(0.0, "weight of the KL term (k3 estimator) against the initial weights")
+    custom_loss_function_path: str | None = setting(
+        None, "the user's own loss in place of --algorithm's, as module:function; called as those of LOSSES are"
+    )
+
+    def __post_init__(self) -> None:
+        require(self.tis_clip > 0, "--tis-clip", self.tis_clip, "> 0")
+        require(
+            0 <= self.tis_clip_low <= min(1.0, self.tis_clip),
+            "--tis-clip-low",
+            self.tis_clip_low,
+            "in [0, 1] and at most --tis-clip",
+        )
+        require(not (self.use_tis and self.use_icepop), "--use-icepop", True, "absent when --use-tis is given")
+        require(0 <= self.icepop_low <= 1, "--icepop-low", self.icepop_low, "in [0, 1]")
+        require(self.icepop_high >= 1, "--icepop-high", self.icepop_high, ">= 1")
+        require(
+            self.icepop_low < self.icepop_high,
+            "--icepop-high",
+            self.icepop_high,
+            f"above --icepop-low ({self.icepop_low})",
+        )
+        require(self.kl_coef >= 0, "--kl-coef", self.kl_coef, ">= 0")
+
+
+@dataclass(frozen=True)
 class BatchSettings:
     """How many prompts, samples and updates make a step: samples per update x updates = prompts x samples each."""
 
@@ -147,7 +186,7 @@ class BatchSettings:
 class RolloutSettings:
     """Sampling, dynamic sampling and the overlong penalty."""
 
-    rollout_max_prompt_len: int = setting(2048, "longest prompt, tokens; a longer one is an error")
+    rollout_max_prompt_len: int = setting(2048, "longest prompt, tokens; see --on-long-prompt")
     rollout_max_response_len: int = setting(20480, "longest response, tokens")
     rollout_temperature: float = setting(
         1.0, "sampling temperature of training rollouts, and of the log-probs trained on"
@@ -161,6 +200,18 @@ class RolloutSettings:
     overlong_penalty: bool | None = setting(None, "penalise responses near the length limit (default: not for grpo)")
     overlong_buffer_len: int = setting(4096, "tokens before the limit in which the penalty grows")
     overlong_penalty_factor: float = setting(1.0, "the overlong penalty at the limit")
+    partial_rollout_len: int | None = setting(
+        None,
+        "tokens one step may add to a response; a longer one is continued in the next step (default: no such limit)",
+    )
+    partial_rollout_older_tokens: PartialTokens = setting(
+        "mask",
+        "tokens of a continued response that older weights drew: no loss, or --use-tis / --use-icepop corrects them",
+        choices=("mask", "correct"),
+    )
+    custom_generate_function_path: str | None = setting(
+        None, "the user's own generation (tools, several turns), as module:function"
+    )
     record_rollouts: str | None = setting(None, "directory to write every step's rollouts to")
     replay_rollouts: str | None = setting(None, "directory of recorded rollouts to train on instead of generating")
     engine_mismatch_limit: float = setting(1.0, "largest mean |engine - trainer| log-prob before the run stops")
@@ -183,6 +234,24 @@ class RolloutSettings:
         require(self.max_generation_batches >= 1, "--max-generation-batches", self.max_generation_batches, ">= 1")
         require(self.overlong_buffer_len > 0, "--overlong-buffer-len", self.overlong_buffer_len, "> 0")
         require(self.overlong_penalty_factor >= 0, "--overlong-penalty-factor", self.overlong_penalty_factor, ">= 0")
+        require(
+            self.partial_rollout_len is None or 1 <= self.partial_rollout_len < self.rollout_max_response_len,
+            "--partial-rollout-len",
+            self.partial_rollout_len,
+            f">= 1 and below --rollout-max-response-len ({self.rollout_max_response_len})",
+        )
+        require(
+            self.partial_rollout_len is None or self.custom_generate_function_path is None,
+            "--partial-rollout-len",
+            self.partial_rollout_len,
+            "absent with --custom-generate-function-path, which continues no response",
+        )
+        require(
+            self.partial_rollout_older_tokens in ("mask", "correct"),
+            "--partial-rollout-older-tokens",
+            self.partial_rollout_older_tokens,
+            "mask or correct",
+        )
         require(self.engine_mismatch_limit > 0, "--engine-mismatch-limit", self.engine_mismatch_limit, "> 0")
         require(
             not (self.record_rollouts and self.replay_rollouts),
@@ -190,132 +259,3 @@ class RolloutSettings:
             self.replay_rollouts,
             f"unset when --record-rollouts ({self.record_rollouts}) is set",
         )
-
-
-@dataclass(frozen=True)
-class DataSettings:
-    """Where problems come from: a seeded endless task, or a file of prompts with ground truths."""
-
-    task: str | None = setting(None, "a task: 'small_arithmetic' or any reasoning-gym data set, e.g. chain_sum")
-    task_args: Mapping[str, Any] = field(default_factory=dict, metadata={"help": "the task's parameters as JSON"})
-    prompt_data: str | None = setting(None, "JSONL or parquet file of training prompts")
-    eval_prompt_data: str | None = setting(None, "JSONL or parquet file of evaluation prompts")
-    input_key: str = setting("prompt", "column of the prompt: text or a list of chat messages")
-    label_key: str = setting("label", "column of the ground truth; dots descend: reward_model.ground_truth")
-    apply_chat_template: bool = setting(
-        False, "render text prompts as a user turn through the tokenizer's chat template"
-    )
-    rollout_shuffle: bool = setting(True, "shuffle a prompt file anew every epoch, seeded by --seed")
-    rm_type: str | None = setting(None, "the reward, by its name in REWARDS (default: the task's own verifier)")
-    custom_rm_path: str | None = setting(None, "the user's own reward, as module:function")
-    reward_timeout_s: float = setting(10.0, "seconds one response's grading may take")
-    reward_memory_mb: int = setting(1024, "MiB of memory one grader process may use")
-    num_eval_problems: int = setting(96, "held-out problems a task is evaluated on")
-    n_samples_per_eval_prompt: int = setting(1, "responses per evaluation problem")
-    eval_temperature: float = setting(0.0, "sampling temperature of evaluation; 0 is greedy")
-    eval_top_p: float = setting(1.0, "nucleus sampling of evaluation")
-
-    def __post_init__(self) -> None:
-        require(
-            self.task is not None or self.prompt_data is not None,
-            "--task",
-            self.task,
-            "given, or --prompt-data with a file of prompts",
-        )
-        require(
-            self.task is None or self.prompt_data is None,
-            "--task",
-            self.task,
-            f"unset when --prompt-data ({self.prompt_data}) is set",
-        )
-        require(
-            self.eval_prompt_data is None or self.prompt_data is not None,
-            "--eval-prompt-data",
-            self.eval_prompt_data,
-            "used with --prompt-data; a --task makes its own evaluation problems",
-        )
-        require(
-            self.rm_type is None or self.custom_rm_path is None,
-            "--rm-type",
-            self.rm_type,
-            f"unset when --custom-rm-path ({self.custom_rm_path}) is set",
-        )
-        require(
-            not self.task_args or self.task is not None,
-            "--task-args",
-            dict(self.task_args),
-            f"used with --task, not with --prompt-data ({self.prompt_data})",
-        )
-        require(self.reward_timeout_s > 0, "--reward-timeout-s", self.reward_timeout_s, "> 0 seconds")
-        require(self.reward_memory_mb >= 64, "--reward-memory-mb", self.reward_memory_mb, ">= 64 MiB")
-        require(self.num_eval_problems >= 1, "--num-eval-problems", self.num_eval_problems, ">= 1")
-        require(
-            self.n_samples_per_eval_prompt >= 1, "--n-samples-per-eval-prompt", self.n_samples_per_eval_prompt, ">= 1"
-        )
-        require(self.eval_temperature >= 0, "--eval-temperature", self.eval_temperature, ">= 0")
-        require(0 < self.eval_top_p <= 1, "--eval-top-p", self.eval_top_p, "in (0, 1]")
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """The run itself: what it starts from, how long it goes, where its results lie."""
-
-    hf_checkpoint: str = setting("", "directory of the Hugging Face model; gives the architecture")
-    output_dir: str = setting("runs/fipo", "metrics.jsonl, samples, curves.png, engine logs")
-    train_iters: int = setting(100, "steps (rollout batches) to train for")
-    seed: int = setting(1234, "seed of data order, sampling and initialisation")
-    save: str | None = setting(None, "directory to write checkpoints to")
-    load: str | None = setting(None, "directory of checkpoints to resume from")
-    save_interval: int | None = setting(None, "steps between checkpoints (default: at the end only)")
-    eval_interval: int | None = setting(None, "steps between evaluations (default: before and after only)")
-    tensorboard_dir: str | None = setting(None, "TensorBoard logs (default: tensorboard/ in --output-dir)")
-    export_hf: str | None = setting(None, "directory to export the final model to, as Hugging Face safetensors")
-    distributed_timeout_minutes: int = setting(10, "minutes a collective may wait")
-
-    def __post_init__(self) -> None:
-        require(
-            bool(self.hf_checkpoint), "--hf-checkpoint", self.hf_checkpoint, "the directory of a Hugging Face model"
-        )
-        require(self.train_iters >= 1, "--train-iters", self.train_iters, ">= 1 step")
-        require(0 <= self.seed < 2**31, "--seed", self.seed, "in [0, 2**31)")
-        require(
-            self.save_interval is None or self.save_interval >= 1, "--save-interval", self.save_interval, ">= 1 step"
-        )
-        require(
-            self.save_interval is None or self.save is not None,
-            "--save-interval",
-            self.save_interval,
-            "used with --save, the directory to write to",
-        )
-        require(
-            self.eval_interval is None or self.eval_interval >= 1, "--eval-interval", self.eval_interval, ">= 1 step"
-        )
-        require(
-            self.distributed_timeout_minutes >= 1,
-            "--distributed-timeout-minutes",
-            self.distributed_timeout_minutes,
-            ">= 1 minute",
-        )
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """The inference engines. Everything else SGLang can be told goes through `--sglang-*` into `server_args`."""
-
-    num_engines: int | None = setting(
-        None, "engines to start (default: one per --rollout-num-gpus-per-engine ranks)", flag="--rollout-num-engines"
-    )
-    tp_size: int = setting(1, "tensor-parallel ranks of one engine", flag="--rollout-num-gpus-per-engine")
-    weight_bucket_mb: int = setting(256, "MiB of weights sent to the engines at once")
-    start_timeout_s: float = setting(600.0, "seconds an engine may take to start", flag="--rollout-start-timeout-s")
-    request_timeout_s: float = setting(
-        1800.0, "seconds one generation batch may take", flag="--rollout-request-timeout-s"
-    )
-    server_args: Mapping[str, Any] = field(default_factory=dict)  # from --sglang-*
-
-    def __post_init__(self) -> None:
-        require(self.num_engines is None or self.num_engines >= 1, "--rollout-num-engines", self.num_engines, ">= 1")
-        require(self.tp_size >= 1, "--rollout-num-gpus-per-engine", self.tp_size, ">= 1")
-        require(self.weight_bucket_mb >= 1, "--weight-bucket-mb", self.weight_bucket_mb, ">= 1 MiB")
-        require(self.start_timeout_s > 0, "--rollout-start-timeout-s", self.start_timeout_s, "> 0 seconds")
-        require(self.request_timeout_s > 0, "--rollout-request-timeout-s", self.request_timeout_s, "> 0 seconds")

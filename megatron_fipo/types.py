@@ -67,7 +67,9 @@ class Completion:
     """What an engine answered to one request.
 
     `token_ids` [R] int64 includes the end-of-turn token when the model emitted one (finish_reason "stop").
-    `logprobs` [R] fp32 are the engine's own, at the request's temperature.
+    `logprobs` [R] fp32 are the engine's own, at the request's temperature. `loss_mask` [R] bool is False for tokens
+    that the policy did not draw (a tool's output, put there by the user's own rollout function; log-prob 0); None: it
+    drew all of them.
     """
 
     uid: str
@@ -75,6 +77,7 @@ class Completion:
     logprobs: np.ndarray
     finish_reason: FinishReason
     weight_version: int
+    loss_mask: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -97,15 +100,20 @@ class GraderError:
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One graded response. `reward` = `result.score` + overlong penalty, what the advantage is made of."""
+    """One response and its verdict. `reward` = `result.score` + overlong penalty, what the advantage is made of.
+
+    A `result` that is a GraderError (--on-reward-error drop) makes a sample that nothing is learned from: it takes no
+    part in its group's mean and spread, its reward (0) is not read, its tokens are masked.
+    """
 
     uid: str  # f"{problem.uid}/{sample_index}"
     response_ids: np.ndarray  # [R] int64
     rollout_logprobs: np.ndarray  # [R] fp32, the engine's
+    loss_mask: np.ndarray  # [R] bool, False for tokens that the policy did not draw
+    token_versions: np.ndarray  # [R] int64, the version of the weights that drew each token
     finish_reason: FinishReason
-    weight_version: int
     text: str  # the response decoded without special tokens
-    result: RewardResult
+    result: RewardResult | GraderError
     reward: float
 
 
@@ -127,7 +135,7 @@ class TrainSequence:
     loss_mask: np.ndarray  # [L] bool; the last entry is False
     advantages: np.ndarray  # [L] fp32
     rollout_logprobs: np.ndarray  # [L] fp32, 0 where the mask is False
-    weight_version: int = 0  # of the weights that generated it
+    token_versions: np.ndarray  # [L] int64, of the weights that drew the predicted token; -1 where the mask is False
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,4 +161,5 @@ class PackedBatch:
     advantages: Tensor  # [T] fp32
     rollout_logprobs: Tensor  # [T] fp32
     old_logprobs: Tensor | None  # [T] fp32; None before the old log-prob pass
+    reference_logprobs: Tensor | None  # [T] fp32, of the initial weights; None without a KL term
     members: tuple[int, ...]  # index of each real sequence in the list that was packed, in pack order

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from megatron_fipo.config import DataSettings, require
+from megatron_fipo.config import require
 from megatron_fipo.data.arithmetic import small_arithmetic
 from megatron_fipo.data.files import file_source, read_problems
 from megatron_fipo.data.gym import reasoning_gym_task
 from megatron_fipo.data.source import ProblemSource, question_key
+from megatron_fipo.data_config import DataSettings
 from megatron_fipo.types import Problem
 
 

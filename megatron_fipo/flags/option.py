@@ -95,7 +95,7 @@ def parse_value(flag: str, text: str, value_type: ValueType) -> Any:
 
 def shown_default(default: Any) -> str:
     """A default as the help and the docs show it; empty where there is none to show."""
-    if default is dataclasses.MISSING or default is None or default is False or default == "":
+    if default is dataclasses.MISSING or default is None or default is False or default in ("", ()):
         return ""
     return "on" if default is True else str(default)
 
@@ -109,6 +109,8 @@ def _type_of_hint(hint: Any) -> ValueType:
         return dataclasses.replace(inner, accepts_none=inner.kind in ("int", "float"))
     if typing.get_origin(hint) is Literal:
         return ValueType("str", choices=tuple(members))
+    if typing.get_origin(hint) is tuple:
+        return dataclasses.replace(_type_of_hint(members[0]), many=True)
     if typing.get_origin(hint) in (Mapping, dict):
         return ValueType("object")
     kinds: dict[Any, ValueType] = {

@@ -5,17 +5,17 @@ from __future__ import annotations
 from megatron_fipo.config import (
     LOSS_SETTINGS,
     BatchSettings,
-    DataSettings,
-    EngineSettings,
+    CorrectionSettings,
     FIPOSettings,
     RolloutSettings,
-    RunSettings,
 )
+from megatron_fipo.data_config import DataSettings
 from megatron_fipo.flags.megatron_table import megatron_options
 from megatron_fipo.flags.option import VALUE, Option, ValueType, options_of, shown_default
 from megatron_fipo.flags.presets import PRESETS
 from megatron_fipo.flags.sglang_table import sglang_options
 from megatron_fipo.megatron_config import MegatronSettings
+from megatron_fipo.run_config import EngineSettings, GuardSettings, RunSettings
 
 RUN = "run"
 MODEL = "model and parallelism"
@@ -24,7 +24,8 @@ ALGORITHM = "algorithm"
 ROLLOUT = "rollout and sampling"
 DATA = "data and reward"
 ENGINES = "engines (SGLang)"
-GROUPS = (RUN, MODEL, OPTIMIZER, ALGORITHM, ROLLOUT, DATA, ENGINES)
+GUARDS = "guards"
+GROUPS = (RUN, MODEL, OPTIMIZER, ALGORITHM, ROLLOUT, DATA, ENGINES, GUARDS)
 
 DEFAULT_ALGORITHM = "fipo"
 
@@ -41,10 +42,12 @@ def own_options() -> list[Option]:
         *options_of("batch", BatchSettings, OPTIMIZER),
         *options_of("megatron", MegatronSettings, lambda name: OPTIMIZER if name in _OPTIMIZER_FIELDS else MODEL),
         *options_of("loss", FIPOSettings, ALGORITHM, _loss_defaults()),
+        *options_of("correction", CorrectionSettings, ALGORITHM),
         *options_of("rollout", RolloutSettings, ROLLOUT),
         *_checked_options(),
         *options_of("data", DataSettings, DATA),
         *options_of("engine", EngineSettings, ENGINES),
+        *options_of("guards", GuardSettings, GUARDS),
     ]
 
 

@@ -113,6 +113,7 @@ def pack(
         old_logprobs=None
         if old_logprobs is None
         else joined([old_logprobs[i].cpu().numpy() for i in members], torch.float32),
+        reference_logprobs=None,
         members=tuple(members),
     )
 

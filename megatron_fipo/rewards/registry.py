@@ -6,7 +6,7 @@ import difflib
 import importlib
 from collections.abc import Callable
 
-from megatron_fipo.config import DataSettings
+from megatron_fipo.data_config import DataSettings
 from megatron_fipo.rewards.dapo import dapo_math
 from megatron_fipo.rewards.gym import reasoning_gym
 from megatron_fipo.rewards.rules import exact, small_arithmetic

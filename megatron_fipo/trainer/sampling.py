@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_fipo.config import Algorithm, BatchSettings, DataSettings, RolloutSettings, require
+from megatron_fipo.config import Algorithm, BatchSettings, RolloutSettings, require
 from megatron_fipo.data.prompts import Tokenizer, tokenize_problem
 from megatron_fipo.data.source import ProblemSource
+from megatron_fipo.data_config import DataSettings
 from megatron_fipo.losses.advantages import group_advantages, overlong_penalty
 from megatron_fipo.trainer.recording import group_from_dict, group_to_dict
 from megatron_fipo.types import (
@@ -266,8 +267,11 @@ def grade_groups(
                 uid=completion.uid,
                 response_ids=completion.token_ids.astype(np.int64),
                 rollout_logprobs=completion.logprobs.astype(np.float32),
+                loss_mask=np.ones(len(completion.token_ids), dtype=bool)
+                if completion.loss_mask is None
+                else completion.loss_mask,
+                token_versions=np.full(len(completion.token_ids), completion.weight_version, dtype=np.int64),
                 finish_reason=completion.finish_reason,
-                weight_version=completion.weight_version,
                 text=text,
                 result=result,
                 reward=result.score,
@@ -291,16 +295,18 @@ def _train_sequence(prompt: Prompt, sample: Sample, advantage: float) -> TrainSe
     assert num_prompt >= 1, sample.uid
     predicting = slice(num_prompt - 1, num_prompt - 1 + num_response)  # entry i is about token i + 1
     loss_mask = np.zeros(num_prompt + num_response, dtype=bool)
-    loss_mask[predicting] = True
+    loss_mask[predicting] = sample.loss_mask
     rollout_logprobs = np.zeros(loss_mask.shape, dtype=np.float32)
     rollout_logprobs[predicting] = sample.rollout_logprobs
+    token_versions = np.full(loss_mask.shape, -1, dtype=np.int64)
+    token_versions[predicting] = np.where(sample.loss_mask, sample.token_versions, -1)
     return TrainSequence(
         uid=sample.uid,
         token_ids=np.concatenate([prompt.token_ids, sample.response_ids]),
         loss_mask=loss_mask,
         advantages=np.where(loss_mask, np.float32(advantage), np.float32(0.0)),
         rollout_logprobs=rollout_logprobs,
-        weight_version=sample.weight_version,
+        token_versions=token_versions,
     )
 
 

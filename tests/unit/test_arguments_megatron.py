@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from megatron_fipo.arguments import parse_arguments
-from megatron_fipo.config import RunSettings
 from megatron_fipo.flags.command_line import read_arguments
 from megatron_fipo.flags.dataclass_source import read_fields, value_type
 from megatron_fipo.flags.megatron_lm_names import MEGATRON_LM_FLAGS
@@ -26,6 +25,7 @@ from megatron_fipo.flags.megatron_unsupported import IGNORED_FLAGS, UNSUPPORTED_
 from megatron_fipo.flags.option import ValueType, options_of
 from megatron_fipo.flags.table import all_options
 from megatron_fipo.megatron_config import MegatronSettings
+from megatron_fipo.run_config import RunSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ["--hf-checkpoint", "model", "--task", "chain_sum"]

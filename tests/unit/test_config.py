@@ -9,14 +9,13 @@ import pytest
 from megatron_fipo.config import (
     LOSS_SETTINGS,
     BatchSettings,
-    DataSettings,
-    EngineSettings,
     FIPOSettings,
     PPOSettings,
     RolloutSettings,
-    RunSettings,
 )
+from megatron_fipo.data_config import DataSettings
 from megatron_fipo.megatron_config import MegatronSettings
+from megatron_fipo.run_config import EngineSettings, RunSettings
 
 FULL = {"recompute_granularity": "full"}
 REFUSED: list[tuple[type, dict[str, Any], str]] = [

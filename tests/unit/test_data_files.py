@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from megatron_fipo.config import DataSettings
 from megatron_fipo.data import make_sources
+from megatron_fipo.data_config import DataSettings
 from megatron_fipo.types import Problem
 
 ROWS = [{"prompt": f"Question {i}?", "label": str(i)} for i in range(7)]

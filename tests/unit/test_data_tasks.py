@@ -8,10 +8,10 @@ from itertools import islice
 
 import pytest
 
-from megatron_fipo.config import DataSettings
 from megatron_fipo.data import ProblemSource, make_sources
 from megatron_fipo.data.gym import HASH_ORDERED_TASKS
 from megatron_fipo.data.source import question_key
+from megatron_fipo.data_config import DataSettings
 from megatron_fipo.types import Problem
 
 CHAIN_SUM = DataSettings(task="chain_sum", task_args={"max_terms": 3, "max_digits": 2}, num_eval_problems=20)

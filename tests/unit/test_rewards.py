@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_fipo.config import DataSettings
+from megatron_fipo.data_config import DataSettings
 from megatron_fipo.rewards import REWARDS, load_reward, reward_name
 from megatron_fipo.rewards.dapo import normalize_answer
 from megatron_fipo.types import RewardResult

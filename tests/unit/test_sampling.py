@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_fipo.config import BatchSettings, DataSettings, RolloutSettings
+from megatron_fipo.config import BatchSettings, RolloutSettings
 from megatron_fipo.data.source import SeededSource
+from megatron_fipo.data_config import DataSettings
 from megatron_fipo.trainer.recording import group_to_dict
 from megatron_fipo.trainer.sampling import (
     BatchCollector,
