@@ -112,6 +112,11 @@ class Settings:
             f"({self.megatron.context_parallel_size})",
         )
 
+    @property
+    def eval_max_response_len(self) -> int:
+        """The longest response of evaluation, tokens."""
+        return self.data.eval_max_response_len or self.rollout.rollout_max_response_len
+
 
 def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
     """The settings that a command line asks for (default: this process's own arguments).

@@ -70,7 +70,9 @@ def start_engines(settings: Settings, layout: ParallelLayout, device: torch.devi
                 name=f"engine-{index}",
                 dtype="bfloat16" if settings.megatron.bf16 else "float32",
                 tp_size=engine.tp_size,
-                context_length=rollout.rollout_max_prompt_len + rollout.rollout_max_response_len + ENGINE_SPARE_TOKENS,
+                context_length=rollout.rollout_max_prompt_len
+                + max(rollout.rollout_max_response_len, settings.eval_max_response_len)
+                + ENGINE_SPARE_TOKENS,
                 random_seed=settings.run.seed,
                 log_path=str(Path(settings.run.output_dir) / f"engine-{index}.log"),
                 start_timeout_s=engine.start_timeout_s,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -65,6 +66,12 @@ def check_run(settings: Settings, environment: Mapping[str, str]) -> Checked:
     _check_pipeline_overlap(settings, layout, device)
     arch, weights = check_checkpoint(settings, layout)
     _check_directories(settings)
+    require(
+        settings.run.wandb_project is None or importlib.util.find_spec("wandb") is not None,
+        "--wandb-project",
+        settings.run.wandb_project,
+        "absent where the package wandb is not installed: pip install wandb",
+    )
     transformer_impl = choose_transformer_impl(settings, device)
     check_layer_flags(settings.megatron, arch, transformer_impl)
     return Checked(layout, device, transformer_impl, arch, weights)
@@ -155,13 +162,17 @@ def check_checkpoint(settings: Settings, layout: ParallelLayout) -> tuple[Archit
         raise ValueError("; ".join(differences))
     check_layout(arch, layout)
     _check_engine_layout(settings.engine, arch)
-    longest = settings.rollout.rollout_max_prompt_len + settings.rollout.rollout_max_response_len
-    require(
-        longest <= arch.max_position_embeddings,
-        "--rollout-max-prompt-len + --rollout-max-response-len",
-        longest,
-        f"at most the checkpoint's context, {arch.max_position_embeddings} tokens ({directory}/config.json)",
-    )
+    for flag, response_len in (
+        ("--rollout-max-response-len", settings.rollout.rollout_max_response_len),
+        ("--eval-max-response-len", settings.eval_max_response_len),
+    ):
+        longest = settings.rollout.rollout_max_prompt_len + response_len
+        require(
+            longest <= arch.max_position_embeddings,
+            f"--rollout-max-prompt-len + {flag}",
+            longest,
+            f"at most the checkpoint's context, {arch.max_position_embeddings} tokens ({directory}/config.json)",
+        )
     require(
         settings.batch.global_batch_size >= layout.dp,
         "--global-batch-size",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_fipo.config import PPOSettings
+from megatron_fipo.config import CorrectionSettings, PPOSettings
 from megatron_fipo.metrics.run_logger import RunLogger
 from megatron_fipo.parallel import ParallelLayout
 from megatron_fipo.trainer.agreement import agreement_metrics, require_agreement
@@ -23,6 +23,8 @@ class Actor(Protocol):
 
     def old_logprobs(self, mini_batches: Sequence[Sequence[TrainSequence]]) -> tuple[list[Tensor], list[Tensor]]: ...
 
+    def reference_logprobs(self, mini_batches: Sequence[Sequence[TrainSequence]]) -> list[Tensor]: ...
+
     def update(
         self,
         sequences: Sequence[TrainSequence],
@@ -30,7 +32,9 @@ class Actor(Protocol):
         *,
         algorithm: str,
         settings: PPOSettings,
-    ) -> dict[str, float] | None: ...
+        correction: CorrectionSettings,
+        reference_logprobs: Sequence[Tensor],
+    ) -> dict[str, Any] | None: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +44,7 @@ class Rollout:
     sequences: Sequence[TrainSequence]
     metrics: Mapping[str, float]
     texts: Sequence[Mapping[str, Any]]  # a few sampled responses
+    histograms: Mapping[str, Sequence[float]] = field(default_factory=dict)  # values of all samples, by name
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +53,7 @@ class Run:
 
     algorithm: str
     loss: PPOSettings
+    correction: CorrectionSettings
     num_steps: int
     num_updates: int
     layout: ParallelLayout
@@ -62,6 +68,7 @@ class Run:
     eval_interval: int | None
     save_interval: int | None
     engine_mismatch_limit: float
+    check: Callable[[Mapping[str, Any]], Sequence[str]]  # the guards on a step's record: what to warn of; may raise
     log: RunLogger
 
 
@@ -81,13 +88,20 @@ def train(run: Run, *, first_step: int) -> None:
                 sequences, logprobs, entropies, weight_version=step - 1, layout=run.layout, control=run.control
             )
             on_rank_zero(partial(require_agreement, agreement, run.engine_mismatch_limit), run.layout, run.control)
+        reference: list[Tensor] = []
+        if run.correction.kl_coef > 0:
+            with run.log.stage("reference"):
+                reference = run.actor.reference_logprobs(mini_batches)
         with run.log.stage("update"):
-            updates = _update(run, mini_batches, logprobs)
+            updates = _update(run, mini_batches, logprobs, reference)
         with run.log.stage("sync"):
             run.sync_weights(step)
-        run.log.log_step({"step": step, **_step_metrics(rollout, agreement, updates)})
+        record = {"step": step, **_step_metrics(rollout, agreement, updates)}
+        run.log.log_step(record)
         if rollout is not None:
             run.log.log_samples(step, rollout.texts)
+        for warning in on_rank_zero(partial(run.check, record), run.layout, run.control) or ():
+            run.log.say(warning)
         if _is_due(step, run.eval_interval) and step < run.num_steps:
             run.evaluate(step)
         if _is_due(step, run.save_interval) or step == run.num_steps:
@@ -95,28 +109,46 @@ def train(run: Run, *, first_step: int) -> None:
 
 
 def _update(
-    run: Run, mini_batches: Sequence[Sequence[TrainSequence]], logprobs: Sequence[Tensor]
-) -> list[dict[str, float] | None]:
+    run: Run,
+    mini_batches: Sequence[Sequence[TrainSequence]],
+    logprobs: Sequence[Tensor],
+    reference: Sequence[Tensor],
+) -> list[dict[str, Any] | None]:
     """One optimizer step per mini-batch; metrics on rank 0, None elsewhere."""
     updates = []
     start = 0
     for mini_batch in mini_batches:
-        old_logprobs = logprobs[start : start + len(mini_batch)]
-        updates.append(run.actor.update(mini_batch, old_logprobs, algorithm=run.algorithm, settings=run.loss))
-        start += len(mini_batch)
+        end = start + len(mini_batch)
+        updates.append(
+            run.actor.update(
+                mini_batch,
+                logprobs[start:end],
+                algorithm=run.algorithm,
+                settings=run.loss,
+                correction=run.correction,
+                reference_logprobs=reference[start:end],
+            )
+        )
+        start = end
     return updates
 
 
 def _step_metrics(
-    rollout: Rollout | None, agreement: Mapping[str, float] | None, updates: Sequence[dict[str, float] | None]
+    rollout: Rollout | None, agreement: Mapping[str, float] | None, updates: Sequence[dict[str, Any] | None]
 ) -> dict[str, Any]:
-    """The step's record on rank 0; what sums up the updates stands beside the updates themselves."""
+    """The step's record on rank 0; what sums up the updates stands beside the updates themselves.
+
+    Updates that were skipped for a NaN or an infinity have no part in the summary but their number.
+    """
     if rollout is None:
         return {}
     assert agreement is not None
     present = [update for update in updates if update is not None]
-    summary = {name: _over_updates(name, [update[name] for update in present]) for name in present[0]}
-    summary["lr"] = present[-1]["lr"]
+    made = [update for update in present if not update["skipped"]]
+    summary: dict[str, float] = {"num_skipped_updates": len(present) - len(made), "lr": present[-1]["lr"]}
+    for name, value in made[0].items() if made else ():
+        if isinstance(value, int | float) and name not in ("lr", "skipped"):
+            summary[name] = _over_updates(name, [update[name] for update in made])
     if "future_kl_std" in present[0]:
         # before the first update old and new log-probs are the same computation: any spread is noise
         summary["noise_gauge"] = present[0]["future_kl_std"]
@@ -125,6 +157,7 @@ def _step_metrics(
         **agreement,
         **summary,
         "num_tokens": sum(len(sequence.token_ids) for sequence in rollout.sequences),
+        "histograms": rollout.histograms,
         "updates": present,
     }
 

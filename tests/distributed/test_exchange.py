@@ -28,7 +28,7 @@ def make_sequence(uid: str, length: int) -> TrainSequence:
         loss_mask=mask,
         advantages=mask.astype(np.float32),
         rollout_logprobs=np.zeros(length, dtype=np.float32),
-        weight_version=3,
+        token_versions=np.full(length, 3),
     )
 
 

@@ -379,6 +379,7 @@ def export_and_score(model_dir: str, prompts: list[list[int]]) -> dict[str, obje
             loss_mask=np.arange(len(prompt)) < len(prompt) - 1,
             advantages=np.zeros(len(prompt), dtype=np.float32),
             rollout_logprobs=np.zeros(len(prompt), dtype=np.float32),
+            token_versions=np.zeros(len(prompt), dtype=np.int64),
         )
         for index, prompt in enumerate(prompts)
     ]

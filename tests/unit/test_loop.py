@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_fipo.config import FIPOSettings, PPOSettings
+from megatron_fipo.config import CorrectionSettings, FIPOSettings, PPOSettings
 from megatron_fipo.metrics.run_logger import RunLogger
 from megatron_fipo.parallel import ParallelLayout
 from megatron_fipo.trainer.agreement import EngineDisagrees
@@ -41,6 +41,7 @@ class World:
         self.mismatch = 0.25
         self.num_updates_done = 0
         self.engine_version = 0
+        self.skips: set[int] = set()  # numbers of updates that end in a NaN
 
     def collect(self, step: int) -> Rollout:
         self.diary.append(("collect", step))
@@ -58,6 +59,11 @@ class World:
         logprobs = [torch.from_numpy(sequence.rollout_logprobs) - self.mismatch for sequence in sequences]
         return logprobs, [torch.full(row.shape, 1.5) for row in logprobs]
 
+    def reference_logprobs(self, mini_batches: Sequence[Sequence[TrainSequence]]) -> list[torch.Tensor]:
+        sequences = [sequence for mini_batch in mini_batches for sequence in mini_batch]
+        self.diary.append(("reference log-probs", [sequence.uid for sequence in sequences]))
+        return [torch.full(sequence.rollout_logprobs.shape, float(len(sequence.token_ids))) for sequence in sequences]
+
     def update(
         self,
         sequences: Sequence[TrainSequence],
@@ -65,14 +71,20 @@ class World:
         *,
         algorithm: str,
         settings: PPOSettings,
-    ) -> dict[str, float]:
+        correction: CorrectionSettings,
+        reference_logprobs: Sequence[torch.Tensor],
+    ) -> dict[str, Any]:
         self.diary.append(("update", [sequence.uid for sequence in sequences], algorithm))
+        for sequence, row in zip(sequences, reference_logprobs, strict=bool(correction.kl_coef)):
+            assert row.tolist() == [len(sequence.token_ids)] * len(row), "reference log-probs of another sequence"
         for sequence, row in zip(sequences, old_logprobs, strict=True):
             wanted = torch.from_numpy(sequence.rollout_logprobs) - self.mismatch
             assert torch.equal(row, wanted), "log-probs of another sequence"
         self.num_updates_done += 1
         n = float(self.num_updates_done)
-        metrics = {"pg_loss": n, "lr": 0.1 * n, "grad_norm": 10 * n}
+        if self.num_updates_done in self.skips:
+            return {"skipped": 1.0, "lr": 0.1 * n}
+        metrics = {"pg_loss": n, "lr": 0.1 * n, "grad_norm": 10 * n, "skipped": 0.0}
         return metrics | ({"future_kl_std": 0.01 * n} if isinstance(settings, FIPOSettings) else {})
 
     def sync_weights(self, version: int) -> None:
@@ -94,7 +106,7 @@ def make_sequence(uid: str, length: int, *, version: int) -> TrainSequence:
         loss_mask=mask,
         advantages=mask.astype(np.float32),
         rollout_logprobs=np.where(mask, np.float32(-length), np.float32(0)),
-        weight_version=version,
+        token_versions=np.where(mask, version, -1),
     )
 
 
@@ -102,6 +114,7 @@ def make_run(world: World, control: dist.ProcessGroup, run_dir: Path, *, num_ste
     settings: dict[str, Any] = {
         "algorithm": "fipo",
         "loss": FIPOSettings(),
+        "correction": CorrectionSettings(),
         "num_steps": num_steps,
         "num_updates": NUM_UPDATES,
         "layout": ParallelLayout(),
@@ -116,6 +129,7 @@ def make_run(world: World, control: dist.ProcessGroup, run_dir: Path, *, num_ste
         "eval_interval": None,
         "save_interval": None,
         "engine_mismatch_limit": 1.0,
+        "check": lambda record: [],
     }
     resume_step = options.pop("resume_step", None)
     log = RunLogger(run_dir, total_steps=num_steps, resume_step=resume_step)
@@ -237,7 +251,10 @@ def test_samples_of_older_weights_are_trained_on_but_not_compared(control: dist.
 
     def with_surplus(step: int) -> Rollout:
         rollout = world.collect(step)
-        stale = [replace(sequence, weight_version=step - 2) for sequence in rollout.sequences[:2]]
+        stale = [
+            replace(sequence, token_versions=np.where(sequence.loss_mask, step - 2, -1))
+            for sequence in rollout.sequences[:2]
+        ]
         return replace(rollout, sequences=[*stale, *rollout.sequences[2:]])
 
     train(make_run(world, control, tmp_path, collect=with_surplus), first_step=0)
@@ -282,3 +299,46 @@ def test_recorded_rollouts_train_without_an_engine(control: dist.ProcessGroup, t
     assert replayed.diary == asked_of_the_actor
     live, again = (records(tmp_path / name) for name in ("live", "replay"))
     assert [record["updates"] for record in live] == [record["updates"] for record in again]
+
+
+def test_the_initial_weights_are_asked_only_for_a_kl_term(control: dist.ProcessGroup, tmp_path: Path) -> None:
+    world = World()
+    correction = CorrectionSettings(kl_coef=0.1)
+    train(make_run(world, control, tmp_path, num_steps=1, correction=correction), first_step=0)
+    asked = [entry for entry in world.diary if entry[0] in ("old log-probs", "reference log-probs", "update")]
+    assert [entry[0] for entry in asked] == ["old log-probs", "reference log-probs", "update", "update"]
+    assert asked[0][1] == asked[1][1]
+    without = World()
+    train(make_run(without, control, tmp_path / "without", num_steps=1), first_step=0)
+    assert not any(entry[0] == "reference log-probs" for entry in without.diary)
+
+
+def test_a_skipped_update_is_counted_and_has_no_part_in_the_means(control: dist.ProcessGroup, tmp_path: Path) -> None:
+    world = World()
+    world.skips = {1, 5, 6}  # the first of step 1, both of step 3
+    train(make_run(world, control, tmp_path, num_steps=3), first_step=0)
+    first, second, third = records(tmp_path)
+    assert [record["num_skipped_updates"] for record in (first, second, third)] == [1, 0, 2]
+    assert (first["pg_loss"], second["pg_loss"]) == (2.0, 3.5)
+    assert "noise_gauge" not in first, "the update that would have shown it was skipped"
+    assert "pg_loss" not in third
+    assert third["lr"] == pytest.approx(0.6)
+    assert len(third["updates"]) == 2
+    assert world.engine_version == 3
+
+
+def test_what_the_guards_say_is_shown_and_what_they_stop_is_not_saved(
+    control: dist.ProcessGroup, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world = World()
+
+    def check(record: Mapping[str, Any]) -> list[str]:
+        if record["step"] == 2:
+            raise RuntimeError("entropy collapse")
+        return [f"length collapse: {record['step']}"]
+
+    with pytest.raises(RuntimeError, match="entropy collapse"):
+        train(make_run(world, control, tmp_path, num_steps=3, save_interval=1, check=check), first_step=0)
+    assert "length collapse: 1" in capsys.readouterr().err
+    assert [entry for entry in world.diary if entry[0] == "save"] == [("save", 1)]
+    assert [record["step"] for record in records(tmp_path)] == [1, 2], "the step that was stopped is on record"
