@@ -1,7 +1,8 @@
 """The settings of the FIPO paper (arXiv 2603.19835, tables 2 and 3 and the released scripts), for `--preset`.
 
 A preset fills in settings that no flag gives. The models they belong to: Qwen2.5-32B, and Qwen2.5-Math-7B with its
-context raised from 4096 to 32768 positions in config.json.
+context raised from 4096 to 32768 positions in config.json. The paper's entropy coefficient is 0: there is no such term
+here. docs/reproduce.md has the commands.
 """
 
 from __future__ import annotations
@@ -16,15 +17,20 @@ _SHARED: Mapping[str, Any] = {
     "loss.clip_high": 0.28,
     "loss.dual_clip": 10.0,
     "loss.loss_agg": "token-mean",
+    "correction.kl_coef": 0.0,
+    "correction.use_tis": False,
+    "correction.use_icepop": False,
     "rollout.rollout_max_prompt_len": 2048,
     "rollout.rollout_temperature": 1.0,
     "rollout.dynamic_sampling": True,
     "rollout.max_generation_batches": 10,
     "rollout.overlong_penalty": True,
     "rollout.overlong_penalty_factor": 1.0,
+    "data.on_long_prompt": "truncate-left",
     "data.n_samples_per_eval_prompt": 32,
     "data.eval_temperature": 1.0,
     "data.eval_top_p": 0.7,
+    "data.eval_top_k": -1,
     "run.eval_interval": 5,
     "megatron.lr": 1e-6,
     "megatron.lr_decay_style": "constant",
@@ -46,6 +52,18 @@ _DAPO: Mapping[str, Any] = {
     "batch.num_updates_per_rollout": 16,
     "rollout.over_sampling_batch_size": 3 * 512,
 }
+_DAPO_32B: Mapping[str, Any] = {
+    **_DAPO,
+    "rollout.rollout_max_response_len": 20480,
+    "rollout.overlong_buffer_len": 4096,
+}
+_DAPO_7B: Mapping[str, Any] = {
+    **_DAPO,
+    "rollout.rollout_max_response_len": 8192,
+    "rollout.overlong_buffer_len": 4096,
+}
+# not in the paper: DAPO with FIPO's 8 updates of 64 prompts, for a comparison at the same mini-batch
+_MINI_BATCH_64: Mapping[str, Any] = {"batch.num_updates_per_rollout": 8}
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "fipo-qwen2.5-32b": {
@@ -56,11 +74,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "rollout.rollout_max_response_len": 20480,
         "rollout.overlong_buffer_len": 4096,
     },
-    "dapo-qwen2.5-32b": {
-        **_DAPO,
-        "rollout.rollout_max_response_len": 20480,
-        "rollout.overlong_buffer_len": 4096,
-    },
+    "dapo-qwen2.5-32b": _DAPO_32B,
+    "dapo-qwen2.5-32b-mini-batch-64": {**_DAPO_32B, **_MINI_BATCH_64},
     "fipo-qwen2.5-math-7b": {
         **_FIPO,
         "batch.n_samples_per_prompt": 32,
@@ -70,10 +85,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "rollout.rollout_max_response_len": 10240,
         "rollout.overlong_buffer_len": 2048,
     },
-    "dapo-qwen2.5-math-7b": {
-        **_DAPO,
-        "rollout.rollout_max_response_len": 8192,
-        "rollout.overlong_buffer_len": 4096,
-    },
+    "dapo-qwen2.5-math-7b": _DAPO_7B,
+    "dapo-qwen2.5-math-7b-mini-batch-64": {**_DAPO_7B, **_MINI_BATCH_64},
 }
 """Name -> setting -> value."""
