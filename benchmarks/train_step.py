@@ -85,6 +85,7 @@ def make_sequences(shape: Shape, *, vocab_size: int) -> list[TrainSequence]:
                 loss_mask=mask,
                 advantages=np.full(length, (-1.0) ** index, dtype=np.float32),
                 rollout_logprobs=np.zeros(length, dtype=np.float32),
+                token_versions=np.where(mask, 0, -1),
             )
         )
     return sequences

@@ -45,7 +45,8 @@ def sequences_for(model: str) -> list[TrainSequence]:
     mask = np.arange(length) < length - 1
     tokens = np.random.default_rng(1).integers(0, VOCAB, length)
     advantages = np.linspace(-1, 1, length, dtype=np.float32)
-    return [TrainSequence("long/0", tokens, mask, advantages, np.zeros(length, dtype=np.float32))]
+    zeros, versions = np.zeros(length, dtype=np.float32), np.where(mask, 0, -1)
+    return [TrainSequence("long/0", tokens, mask, advantages, zeros, versions)]
 
 
 def with_llama3_rope(model: Any) -> Any:

@@ -94,6 +94,7 @@ def make_sequences(num: int, *, seed: int = 0) -> list[TrainSequence]:
                 loss_mask=mask,
                 advantages=np.full(length, (-1.0) ** i * (0.3 + 0.1 * i), dtype=np.float32),
                 rollout_logprobs=np.zeros(length, dtype=np.float32),
+                token_versions=np.where(mask, 0, -1),
             )
         )
     return sequences

@@ -23,6 +23,7 @@ def make_sequence(
         loss_mask=np.array(mask, dtype=bool),
         advantages=np.where(np.array(mask, dtype=bool), np.float32(advantage), np.float32(0)),
         rollout_logprobs=np.where(np.array(mask, dtype=bool), np.float32(rollout), np.float32(0)),
+        token_versions=np.where(np.array(mask, dtype=bool), 0, -1),
     )
 
 
@@ -109,7 +110,7 @@ def test_shared_prompts_are_computed_once_and_every_token_finds_its_row():
         mask = np.zeros(len(tokens), dtype=bool)
         mask[len(prompt) - 1 : -1] = True
         floats = np.zeros(len(tokens), dtype=np.float32)
-        return TrainSequence("s", tokens, mask, floats, floats)
+        return TrainSequence("s", tokens, mask, floats, floats, np.zeros(len(tokens), dtype=np.int64))
 
     sequences = [sequence(prompt, [1, 2]), sequence(other, [3]), sequence(prompt, [4]), sequence(prompt, [9, 9])]
     batch = pack(sequences, range(4), share_prompts=True, multiple_of=4)
@@ -128,7 +129,7 @@ def test_micro_batches_keep_a_shared_prompt_together_up_to_the_budget():
     def sequence(first: int) -> TrainSequence:
         mask = np.array([False, False, True, True, False])
         floats = np.zeros(5, dtype=np.float32)
-        return TrainSequence("s", np.array([first, 1, 2, 3, 4]), mask, floats, floats)
+        return TrainSequence("s", np.array([first, 1, 2, 3, 4]), mask, floats, floats, np.zeros(5, dtype=np.int64))
 
     sequences = [sequence(0)] * 3 + [sequence(9)] * 2  # 3 prompt and 2 response tokens: 9 rows and 7 rows
     assert sorted(map(sorted, shared_micro_batches(sequences, 9))) == [[0, 1, 2], [3, 4]]
