@@ -26,6 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode >= 0:
+            said = [other.error_file_data for other in error.failures.values() if "said_aloud" in other.error_file_data]
+            if said and not any(data["said_aloud"] for data in said):  # the rank that speaks was ended before it could
+                print(f"error: {said[0]['message']['message']}", file=sys.stderr, flush=True)
             return failure.exitcode
         print(f"error: rank {rank} was ended by {signal.Signals(-failure.exitcode).name}", file=sys.stderr, flush=True)
         return FIRST_SIGNAL_STATUS - failure.exitcode

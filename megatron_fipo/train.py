@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -137,8 +140,15 @@ def _is_zero(*variables: str) -> bool:
 
 
 def _fail(error: Exception, status: int, speaks: bool) -> int:
+    """Say it on one rank, and leave it for torchrun on all: the one that speaks may be ended before it gets here."""
     if speaks:
         print(f"error: {error}", file=sys.stderr, flush=True)
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is not None:
+        message = {"message": str(error), "extraInfo": {"timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).write_text(json.dumps({"message": message, "said_aloud": speaks}), encoding="utf-8")
     return status
 
 

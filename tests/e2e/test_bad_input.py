@@ -263,3 +263,18 @@ def test_a_launched_run_ends_with_the_one_line(case: Case, inputs: Path, launch:
     assert command.stderr.startswith("error: ")
     assert command.stderr.count("\n") == 1, command.stderr
     assert re.search(case.wanted, command.stderr), command.stderr
+
+
+@pytest.mark.parametrize("late_s", [0, 3], ids=["together", "the rank that speaks comes late"])
+def test_the_line_is_there_once_whichever_rank_fails_first(
+    late_s: int, tmp_path: Path, launch: Callable[[list[str]], Any]
+) -> None:
+    (tmp_path / "program.py").write_text(
+        "import os, sys, time\n"
+        "from megatron_fipo.train import main\n"
+        f"time.sleep({late_s} if os.environ['RANK'] == '0' else 0)\n"
+        "sys.exit(main(['--no-such-flag', '1']))\n"
+    )
+    command = launch(["-m", "megatron_fipo.launch", "--nproc-per-node", "2", "program.py"])
+    assert command.wait(60) == 2
+    assert command.stderr == "error: unknown flag --no-such-flag; see --help\n"
