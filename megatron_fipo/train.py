@@ -34,10 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     is_rank_zero = _is_zero("RANK", "SLURM_PROCID")
     with _Signals() as signals:
         try:
-            settings = parse_arguments(arguments)
-        except ValueError as error:
-            return _fail(error, USER_ERROR, is_rank_zero)
-        try:
+            try:
+                settings = parse_arguments(arguments)
+            except ValueError as error:
+                signals.ending()
+                return _fail(error, USER_ERROR, is_rank_zero)
             return _checked_run(settings, signals.ending, is_rank_zero)
         except KeyboardInterrupt:
             signals.ending()
@@ -128,9 +129,15 @@ class _Signals:
 
 def _interrupted(received: Sequence[int], is_rank_zero: bool) -> int:
     number = received[0]
-    if is_rank_zero:
+    if is_rank_zero and not _another_rank_failed():
         print(f"interrupted by {signal.Signals(number).name}", file=sys.stderr, flush=True)
     return 128 + number
+
+
+def _another_rank_failed() -> bool:
+    """Whether a rank of this node has left word of its error: torchrun's signal then only follows from that."""
+    mine = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", ""))
+    return any(path != mine for path in mine.parent.parent.glob(f"*/{mine.name}")) if mine.name else False
 
 
 def _is_zero(*variables: str) -> bool:
