@@ -1,4 +1,4 @@
-"""Groups of samples as JSON and back, exactly: for recorded rollouts and for the surplus groups of a checkpoint.
+"""Groups of samples as JSON and back, exactly: for recorded rollouts and for the groups that a checkpoint holds.
 
 A recorded step is one JSONL file: a header with the number of groups, then a group per line.
 """
@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron_fipo.types import Group, Problem, Prompt, RewardResult, Sample
+from megatron_fipo.types import GraderError, Group, Problem, Prompt, RewardResult, Sample
 
-FORMAT = 1
+FORMAT = 2
 
 
 def write_rollouts(directory: str, step: int, groups: Sequence[Group], metrics: Mapping[str, float]) -> Path:
@@ -51,6 +51,11 @@ def read_rollouts(directory: str, step: int) -> tuple[tuple[Group, ...], dict[st
         )
     with path.open(encoding="utf-8") as file:
         lines = [_parsed(path, number, line) for number, line in enumerate(file, start=1)]
+    if lines and lines[0].get("format") in range(1, FORMAT):
+        raise ValueError(
+            f"{path} is of format {lines[0]['format']}, but must be of format {FORMAT}, which says of every token who "
+            "drew it: record the rollouts anew with --record-rollouts"
+        )
     if not lines or lines[0].get("format") != FORMAT or lines[0].get("step") != step:
         raise ValueError(f"{path}, line 1: found no header of format {FORMAT} for step {step}")
     header, *bodies = lines
@@ -69,46 +74,74 @@ def read_rollouts(directory: str, step: int) -> tuple[tuple[Group, ...], dict[st
 
 def group_to_dict(group: Group) -> dict[str, Any]:
     """The group in JSON types. A float32 becomes the float64 of the same value, so nothing is rounded."""
-    return {
-        "problem": {**asdict(group.prompt.problem), "extra": dict(group.prompt.problem.extra)},
-        "prompt_ids": group.prompt.token_ids.tolist(),
-        "samples": [_sample_to_dict(sample) for sample in group.samples],
-    }
+    return {**prompt_to_dict(group.prompt), "samples": [_sample_to_dict(sample) for sample in group.samples]}
 
 
 def group_from_dict(data: Mapping[str, Any]) -> Group:
     """The group that `group_to_dict` wrote, equal in every bit. Raises ValueError for anything else."""
     try:
-        problem = dict(data["problem"])
-        if not isinstance(problem["prompt"], str):
-            problem["prompt"] = tuple(problem["prompt"])
-        prompt = Prompt(Problem(**problem), np.array(data["prompt_ids"], dtype=np.int64))
-        return Group(prompt, tuple(_sample_from_dict(sample) for sample in data["samples"]))
+        return Group(prompt_from_dict(data), tuple(_sample_from_dict(sample) for sample in data["samples"]))
     except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"not a recorded group: {type(error).__name__}: {error}") from error
 
 
+def prompt_to_dict(prompt: Prompt) -> dict[str, Any]:
+    """The prompt in JSON types."""
+    return {
+        "problem": {**asdict(prompt.problem), "extra": dict(prompt.problem.extra)},
+        "prompt_ids": prompt.token_ids.tolist(),
+    }
+
+
+def prompt_from_dict(data: Mapping[str, Any]) -> Prompt:
+    """The prompt that `prompt_to_dict` wrote; other entries of `data` are ignored. Raises KeyError or TypeError."""
+    problem = dict(data["problem"])
+    if not isinstance(problem["prompt"], str):
+        problem["prompt"] = tuple(problem["prompt"])
+    return Prompt(Problem(**problem), np.array(data["prompt_ids"], dtype=np.int64))
+
+
+def bools(values: Sequence[int]) -> np.ndarray:
+    """[R] bool from 0 and 1. Raises ValueError for any other value."""
+    array = np.array(values, dtype=np.int64)
+    if not np.isin(array, (0, 1)).all():
+        raise ValueError("a loss mask holds something else than 0 and 1")
+    return array.astype(bool)
+
+
+def require_equal_lengths(uid: str, *arrays: np.ndarray) -> None:
+    """Raise ValueError unless all are one-dimensional and of one length."""
+    if any(array.ndim != 1 or array.shape != arrays[0].shape for array in arrays):
+        raise ValueError(f"sample {uid!r} has unequal numbers of tokens, log-probs, mask entries or versions")
+
+
 def _sample_to_dict(sample: Sample) -> dict[str, Any]:
     assert sample.rollout_logprobs.dtype == np.float32, sample.rollout_logprobs.dtype
+    is_graded = isinstance(sample.result, RewardResult)
     return {
         "uid": sample.uid,
         "response_ids": sample.response_ids.tolist(),
         "rollout_logprobs": sample.rollout_logprobs.tolist(),
+        "loss_mask": sample.loss_mask.astype(int).tolist(),
+        "token_versions": sample.token_versions.tolist(),
         "finish_reason": sample.finish_reason,
-        "weight_version": sample.weight_version,
         "text": sample.text,
-        "result": asdict(sample.result),
+        "result" if is_graded else "error": asdict(sample.result),
         "reward": sample.reward,
     }
 
 
 def _sample_from_dict(data: Mapping[str, Any]) -> Sample:
-    response_ids = np.array(data["response_ids"], dtype=np.int64)
-    rollout_logprobs = np.array(data["rollout_logprobs"], dtype=np.float32)
-    if response_ids.ndim != 1 or response_ids.shape != rollout_logprobs.shape:
-        raise ValueError(f"sample {data['uid']!r} has unequal numbers of tokens and log-probs")
-    arrays = {"response_ids": response_ids, "rollout_logprobs": rollout_logprobs}
-    return Sample(**{**data, **arrays, "result": RewardResult(**data["result"])})
+    arrays: dict[str, np.ndarray] = {
+        "response_ids": np.array(data["response_ids"], dtype=np.int64),
+        "rollout_logprobs": np.array(data["rollout_logprobs"], dtype=np.float32),
+        "loss_mask": bools(data["loss_mask"]),
+        "token_versions": np.array(data["token_versions"], dtype=np.int64),
+    }
+    require_equal_lengths(data["uid"], *arrays.values())
+    result = RewardResult(**data["result"]) if "result" in data else GraderError(**data["error"])
+    rest = {name: value for name, value in data.items() if name not in ("result", "error")}
+    return Sample(**{**rest, **arrays, "result": result})
 
 
 def _path(directory: str, step: int) -> Path:

@@ -1,0 +1,145 @@
+"""The user's own generation (--custom-generate-function-path): tools, several turns; and the checks on what it returns.
+
+It is a function of (requests, generate, tokenizer) that returns one Completion per request, with the request's uid.
+`generate` draws from the engines. The function may be `async`; then `generate` is awaited: `await generate(requests)`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import inspect
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from megatron_fipo.data.prompts import Tokenizer
+from megatron_fipo.trainer.generation import Generate
+from megatron_fipo.types import Completion, GenerateRequest
+
+FLAG = "--custom-generate-function-path"
+CustomGenerate = Callable[..., Sequence[Completion] | Awaitable[Sequence[Completion]]]
+LOGPROB_SLACK = 1e-3  # rounding may bring a log-prob above 0
+
+
+def load_generate_function(path: str) -> CustomGenerate:
+    """The function `module:function`, whose module is imported.
+
+    Raises ValueError when there is none; whatever the module raises while it is imported passes through.
+    """
+    module_name, _, function_name = path.partition(":")
+    if not module_name or not function_name:
+        raise ValueError(f"{FLAG} is {path!r}, but must be module:function")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (module_name == error.name or module_name.startswith(error.name + ".")):
+            raise ValueError(f"{FLAG} is {path!r}, but the module {module_name!r} is not importable") from error
+        raise
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ValueError(f"{FLAG} is {path!r}, but the module {module_name!r} has no function {function_name!r}")
+    return function
+
+
+def custom_generation(path: str, generate: Generate, tokenizer: Tokenizer) -> Generate:
+    """The user's function as a Generate over the engines' `generate`. What it returns is checked, every time.
+
+    Raises ValueError as `load_generate_function`; the Generate raises ValueError naming the flag for a bad completion.
+    """
+    function = load_generate_function(path)
+    takes_await = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+        getattr(function, "__call__", None)  # noqa: B004 - an object whose __call__ is async
+    )
+
+    def generate_and_check(requests: Sequence[GenerateRequest]) -> list[Completion]:
+        if takes_await:
+            return checked_completions(path, requests, asyncio.run(_awaited(function, requests, generate, tokenizer)))
+        return checked_completions(path, requests, function(requests, generate, tokenizer))
+
+    return generate_and_check
+
+
+def checked_completions(path: str, requests: Sequence[GenerateRequest], completions: Any) -> list[Completion]:
+    """The completions in request order, log-probs 0 where the mask is False. Raises ValueError naming the flag.
+
+    Wanted is one Completion per request, each with as many log-probs and mask entries as tokens; finite log-probs <= 0
+    where the policy drew the token, and at least one such token; no more tokens, a tool's included, than the request
+    allows a response.
+    """
+    if not isinstance(completions, Sequence) or not all(isinstance(entry, Completion) for entry in completions):
+        raise ValueError(f"{FLAG} {path} returned {_kind(completions)}, but must return a list of Completion")
+    found = {completion.uid: completion for completion in completions}
+    wanted = {request.uid for request in requests}
+    if len(found) != len(completions) or found.keys() != wanted:
+        raise ValueError(
+            f"{FLAG} {path} returned {len(completions)} completions to {len(requests)} requests, but must return one "
+            f"for each uid; {_named('missing', wanted - found.keys())}, {_named('unasked', found.keys() - wanted)}"
+        )
+    return [_checked(path, request, found[request.uid]) for request in requests]
+
+
+async def _awaited(
+    function: CustomGenerate, requests: Sequence[GenerateRequest], generate: Generate, tokenizer: Tokenizer
+) -> Sequence[Completion]:
+    turn = asyncio.Lock()  # the engines' results repeat only when they meet one batch at a time
+
+    async def generate_async(batch: Sequence[GenerateRequest]) -> Sequence[Completion]:
+        async with turn:
+            return await asyncio.to_thread(generate, batch)
+
+    result = function(requests, generate_async, tokenizer)
+    assert inspect.isawaitable(result)
+    return await result
+
+
+def _checked(path: str, request: GenerateRequest, completion: Completion) -> Completion:
+    def require(condition: bool, found: str, wanted: str) -> None:
+        if not condition:
+            raise ValueError(f"{FLAG} {path}: completion {completion.uid}: {found}, but {wanted}")
+
+    token_ids, logprobs = np.asarray(completion.token_ids), np.asarray(completion.logprobs)
+    num_tokens, limit = len(token_ids) if token_ids.ndim else 0, request.sampling.max_response_len
+    require(token_ids.ndim == 1, f"token_ids have shape {token_ids.shape}", "must be [R]")
+    require(np.issubdtype(token_ids.dtype, np.integer), f"token_ids are {token_ids.dtype}", "must be int64")
+    require(bool((token_ids >= 0).all()), f"a token id is {token_ids.min(initial=0)}", "must be >= 0")
+    require(num_tokens <= limit, f"it has {num_tokens} tokens", f"at most {limit} are allowed, a tool's included")
+    mask = np.ones(num_tokens, dtype=bool) if completion.loss_mask is None else np.asarray(completion.loss_mask)
+    require(mask.dtype == np.bool_, f"loss_mask is {mask.dtype}", "must be bool")
+    require(mask.shape == token_ids.shape, f"loss_mask has shape {mask.shape}", f"must be [{num_tokens}] as token_ids")
+    require(bool(mask.any()), "loss_mask is False everywhere", "the policy must have drawn at least one token")
+    require(logprobs.shape == token_ids.shape, f"logprobs have shape {logprobs.shape}", f"must be [{num_tokens}]")
+    require(np.issubdtype(logprobs.dtype, np.floating), f"logprobs are {logprobs.dtype}", "must be fp32")
+    drawn = logprobs[mask]
+    require(bool(np.isfinite(drawn).all()), "a log-prob of a drawn token is not finite", "must be")
+    require(bool((drawn <= LOGPROB_SLACK).all()), f"a log-prob is {drawn.max(initial=0):g}", "must be <= 0")
+    require(
+        completion.finish_reason in ("stop", "length"), f"finish_reason is {completion.finish_reason!r}", "stop|length"
+    )
+    version = completion.weight_version
+    require(
+        isinstance(version, int) and version >= 0,
+        f"weight_version is {version!r}",
+        "must be the one that generate gave",
+    )
+    return Completion(
+        uid=completion.uid,
+        token_ids=token_ids.astype(np.int64),
+        logprobs=np.where(mask, logprobs, 0.0).astype(np.float32),
+        finish_reason=completion.finish_reason,
+        weight_version=version,
+        loss_mask=mask,
+    )
+
+
+def _kind(value: Any) -> str:
+    if not isinstance(value, Sequence):
+        return f"a {type(value).__name__}"
+    return f"a {type(value).__name__} that holds a " + next(
+        type(entry).__name__ for entry in value if not isinstance(entry, Completion)
+    )
+
+
+def _named(what: str, uids: set[str]) -> str:
+    return f"{what}: {', '.join(sorted(uids)[:3]) or 'none'}"
