@@ -183,6 +183,11 @@ def config_text(settings: Settings) -> str:
     return "\n".join([*lines, *(f"note: {note}" for note in settings.notes)])
 
 
+def config_values(settings: Settings) -> dict[str, Any]:
+    """Every setting ("loss.half_life") and its value."""
+    return dict(_flat(settings.algorithm, {name: getattr(settings, name) for name in _SECTIONS}))
+
+
 _SECTIONS = ("run", "megatron", "batch", "loss", "correction", "rollout", "data", "engine", "guards")
 
 

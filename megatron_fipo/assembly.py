@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,19 +18,18 @@ from megatron_fipo.parallel import ParallelLayout
 from megatron_fipo.problems import Problems
 from megatron_fipo.rollout.pool import EnginePool
 from megatron_fipo.rollout.server_process import start_engine
-from megatron_fipo.trainer.evaluation import EvaluationResult, evaluate
+from megatron_fipo.trainer.custom_generation import custom_generation
+from megatron_fipo.trainer.evaluation import EvaluationResult, evaluate, summary
+from megatron_fipo.trainer.evaluation_report import log_line, write_problem_table
+from megatron_fipo.trainer.generation import Generate
 from megatron_fipo.trainer.loop import Rollout
 from megatron_fipo.trainer.recording import read_rollouts, write_rollouts
-from megatron_fipo.trainer.sampling import (
-    BatchCollector,
-    Generate,
-    collector_settings,
-    make_train_sequences,
-    rollout_metrics,
-)
-from megatron_fipo.types import Group, SamplingSettings
+from megatron_fipo.trainer.rollout_batch import make_train_sequences, rollout_metrics
+from megatron_fipo.trainer.sampling import BatchCollector, collector_settings
+from megatron_fipo.types import GraderError, Group, Problem, Prompt, Sample, SamplingSettings
 
 NUM_LOGGED_TEXTS = 4
+EVALUATIONS_DIR = "evaluations"  # tables of problems, in the run's directory
 ENGINE_SPARE_TOKENS = 8  # SGLang keeps 6 of its context to itself
 
 
@@ -48,6 +48,7 @@ def build_trainer_side(settings: Settings, checked: Checked, groups: Groups) -> 
         ddp=config_fields(megatron.ddp),
         optimizer=config_fields(megatron.optimizer_fields),
         lr_warmup_iters=megatron.lr_warmup_iters,
+        keep_reference=settings.correction.kl_coef > 0,
         max_tokens_per_micro_batch=settings.batch.max_tokens_per_micro_batch,
         max_response_len=settings.rollout.rollout_max_response_len,
         vocab_divisible_by=int(megatron.model.get("make_vocab_size_divisible_by", 1)),
@@ -89,15 +90,16 @@ class RolloutSide:
 
     def __init__(self, settings: Settings, problems: Problems, generate: Generate) -> None:
         self.settings = settings
-        self.eval_problems = problems.held_out
         self._problems = problems
-        self._generate = generate
+        custom = settings.rollout.custom_generate_function_path
+        self._generate = generate if custom is None else custom_generation(custom, generate, problems.tokenizer)
         self.collector = BatchCollector(
             problems.source,
-            generate,
+            self._generate,
             problems.tokenizer,
             problems.graders.grade,
             collector_settings(settings.algorithm, settings.batch, settings.rollout, settings.data, settings.run.seed),
+            to_prompt=problems.prompt,
         )
 
     def collect(self, step: int) -> Rollout:
@@ -105,24 +107,35 @@ class RolloutSide:
         groups, metrics = self.collector.collect(step)
         if self.settings.rollout.record_rollouts is not None:
             write_rollouts(self.settings.rollout.record_rollouts, step, groups, metrics)
-        return as_rollout(groups, metrics, self.settings.rollout.rollout_max_response_len)
+        return as_rollout(groups, {**metrics, **self._problems.prompt_counts()}, self.settings)
 
-    def evaluate(self) -> EvaluationResult:
-        """Accuracy on the held-out problems under the engines' current weights."""
+    def evaluate(self) -> list[EvaluationResult]:
+        """Every set of held-out problems under the engines' current weights."""
         data = self.settings.data
-        return evaluate(
-            [self._problems.prompt(problem) for problem in self.eval_problems],
-            self._generate,
-            self._problems.tokenizer,
-            self._problems.graders.grade,
-            sampling=SamplingSettings(
-                self.settings.rollout.rollout_max_response_len,
-                temperature=data.eval_temperature,
-                top_p=data.eval_top_p,
-            ),
-            n_samples=data.n_samples_per_eval_prompt,
-            seed=self.settings.run.seed,
-        )
+        return [
+            evaluate(
+                name,
+                [self._held_out_prompt(problem) for problem in problems],
+                self._generate,
+                self._problems.tokenizer,
+                self._problems.graders.grade,
+                sampling=SamplingSettings(
+                    self.settings.eval_max_response_len,
+                    temperature=data.eval_temperature,
+                    top_p=data.eval_top_p,
+                    top_k=data.eval_top_k,
+                ),
+                n_samples=data.n_samples_per_eval_prompt,
+                seed=self.settings.run.seed,
+                on_reward_error=data.on_reward_error,
+            )
+            for name, problems in self._problems.held_out.items()
+        ]
+
+    def _held_out_prompt(self, problem: Problem) -> Prompt:
+        prompt = self._problems.prompt(problem)
+        assert prompt is not None, f"held-out problem {problem.uid} was left out"
+        return prompt
 
 
 def replayed(settings: Settings) -> Callable[[int], Rollout]:
@@ -138,41 +151,53 @@ def replayed(settings: Settings) -> Callable[[int], Rollout]:
                 f"--replay-rollouts {directory!r} holds {found} samples in step {step}, but "
                 f"--rollout-batch-size x --n-samples-per-prompt is {settings.batch.num_samples}"
             )
-        return as_rollout(groups, metrics, settings.rollout.rollout_max_response_len)
+        return as_rollout(groups, metrics, settings)
 
     return collect
 
 
-def as_rollout(groups: Sequence[Group], metrics: dict[str, float], max_response_len: int) -> Rollout:
+def as_rollout(groups: Sequence[Group], metrics: Mapping[str, float], settings: Settings) -> Rollout:
     """Groups as the loop wants them."""
-    texts = [
-        {
-            "uid": sample.uid,
-            "response": sample.text,
-            "ground_truth": group.prompt.problem.ground_truth,
-            "score": sample.result.score,
-            "accuracy": sample.result.accuracy,
-        }
-        for group in groups[:NUM_LOGGED_TEXTS]
-        for sample in group.samples[:1]
-    ]
-    return Rollout(make_train_sequences(groups), {**rollout_metrics(groups, max_response_len), **metrics}, texts)
-
-
-def log_evaluation(log: RunLogger, step: int, result: EvaluationResult | None) -> None:
-    """Record an evaluation and show its accuracy (rank 0; None elsewhere)."""
-    if result is None:
-        return
-    log.log_evaluation(step, {name.removeprefix("eval/"): value for name, value in result.metrics().items()})
-    log.log_samples(
-        step,
+    samples = [sample for group in groups for sample in group.samples]
+    sequences = make_train_sequences(groups, older_tokens=settings.rollout.partial_rollout_older_tokens)
+    return Rollout(
+        sequences,
+        {**rollout_metrics(groups, settings.rollout.rollout_max_response_len), **metrics},
         [
-            {"kind": "evaluation", "uid": e.uid, "prompt": e.prompt, "response": e.response, "accuracy": e.accuracy}
-            | {"ground_truth": e.ground_truth}
-            for e in result.examples
+            {"uid": group.samples[0].uid, "ground_truth": group.prompt.problem.ground_truth, **_shown(group.samples[0])}
+            for group in groups[:NUM_LOGGED_TEXTS]
         ],
+        histograms={
+            "response_length": [float(len(sample.response_ids)) for sample in samples],
+            "reward": [sample.reward for sample in samples if not isinstance(sample.result, GraderError)],
+            "advantage": [
+                float(sequence.advantages[sequence.loss_mask][0]) for sequence in sequences if sequence.loss_mask.any()
+            ],
+        },
     )
-    log.say(
-        f"evaluation after {step} steps: accuracy {result.accuracy:.3f} on {len(result.accuracies)} problems, "
-        f"mean response {result.response_length:.1f} tokens"
-    )
+
+
+def _shown(sample: Sample) -> dict[str, Any]:
+    """A sample's text and verdict, for a reader."""
+    if isinstance(sample.result, GraderError):
+        return {"response": sample.text, "reward_error": f"{sample.result.kind}: {sample.result.message}"}
+    return {"response": sample.text, "score": sample.result.score, "accuracy": sample.result.accuracy}
+
+
+def log_evaluation(log: RunLogger, step: int, results: Sequence[EvaluationResult], output_dir: str) -> None:
+    """Record an evaluation, write its table of problems, and show the figures. Rank 0 only."""
+    if not results:
+        return
+    metrics = {name: value for result in results for name, value in result.metrics().items()}
+    log.log_evaluation(step, {**summary(results), **metrics})
+    for result in results:
+        write_problem_table(result, Path(output_dir) / EVALUATIONS_DIR, step)
+        log.log_samples(
+            step,
+            [
+                {"kind": "evaluation", "uid": e.uid, "prompt": e.prompt, "response": e.response, "accuracy": e.accuracy}
+                | {"ground_truth": e.ground_truth}
+                for e in result.examples
+            ],
+        )
+        log.say(f"evaluation after {step} steps: {log_line(result)}")

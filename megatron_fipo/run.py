@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from megatron_fipo.actor.actor import Actor
 from megatron_fipo.actor.checkpoint import load_checkpoint, save_checkpoint
 from megatron_fipo.actor.checkpoint_files import find_checkpoint, read_run_state, verify_checkpoint_together
 from megatron_fipo.actor.setup import initialize_distributed, initialize_model_parallel, shut_down
-from megatron_fipo.arguments import Settings
+from megatron_fipo.arguments import Settings, config_text, config_values
 from megatron_fipo.assembly import (
     RolloutSide,
     build_trainer_side,
@@ -23,10 +23,13 @@ from megatron_fipo.assembly import (
 from megatron_fipo.checks import Checked
 from megatron_fipo.config import FIPOSettings
 from megatron_fipo.hybrid.turns import HybridEngine
+from megatron_fipo.metrics.records import METRICS_FILE, read_metrics
 from megatron_fipo.metrics.run_logger import RunLogger
 from megatron_fipo.problems import Problems
 from megatron_fipo.rollout.pool import EnginePool
+from megatron_fipo.trainer.custom_generation import load_generate_function
 from megatron_fipo.trainer.exchange import on_rank_zero
+from megatron_fipo.trainer.guards import Guards
 from megatron_fipo.trainer.loop import Rollout, Run, train
 from megatron_fipo.weights.hf_files import write_hf_checkpoint
 from megatron_fipo.weights.mapping import checked_stream
@@ -61,10 +64,12 @@ def _run(settings: Settings, checked: Checked, problems: Problems | None, stack:
             f"--train-iters is {settings.run.train_iters}, but {resume_from} (--load) already has {first_step} steps"
         )
     log = stack.enter_context(_open_log(settings, layout.rank, first_step if resume_from else None))
-    for note in settings.notes:
+    for note in (*settings.notes, *(problems.notes if problems is not None else ())):
         log.say(note)
     pool: EnginePool | None = None
     if problems is not None:
+        if settings.rollout.custom_generate_function_path is not None:
+            load_generate_function(settings.rollout.custom_generate_function_path)  # fails before an engine starts
         pool = stack.enter_context(start_engines(settings, layout, device))  # starts while the actor is built
     with log.stage("start trainer", part_of_step=False):
         if device.type == "cpu":
@@ -77,7 +82,10 @@ def _run(settings: Settings, checked: Checked, problems: Problems | None, stack:
         actor = build_trainer_side(settings, checked, groups)
         if resume_from is not None and not load_checkpoint(actor, resume_from):
             log.say(f"{resume_from} was saved in another layout or precision: the run goes on, but not bit for bit")
-    stages = _Stages(settings, actor, problems, pool, log)
+    guards = None
+    if layout.rank == 0:
+        guards = Guards(settings.guards, read_metrics(Path(settings.run.output_dir) / METRICS_FILE))
+    stages = _Stages(settings, actor, problems, pool, guards, log)
     if resume_from is not None:
         stages.restore(saved["trainer"])
     stages.train(first_step)
@@ -88,10 +96,17 @@ class _Stages:
     """The callables the loop needs, over real engines or over recorded rollouts."""
 
     def __init__(
-        self, settings: Settings, actor: Actor, problems: Problems | None, pool: EnginePool | None, log: RunLogger
+        self,
+        settings: Settings,
+        actor: Actor,
+        problems: Problems | None,
+        pool: EnginePool | None,
+        guards: Guards | None,
+        log: RunLogger,
     ) -> None:
         self.settings, self.actor, self.log = settings, actor, log
         self.layout, self.control = actor.layout, actor.groups.control
+        self.guards = guards
         self.replays = settings.rollout.replay_rollouts is not None
         self.hybrid: HybridEngine | None = None
         self.rollout_side: RolloutSide | None = None
@@ -136,6 +151,7 @@ class _Stages:
         return Run(
             algorithm=settings.algorithm,
             loss=settings.loss,
+            correction=settings.correction,
             num_steps=settings.run.train_iters,
             num_updates=settings.batch.num_updates_per_rollout,
             layout=self.layout,
@@ -151,8 +167,13 @@ class _Stages:
             save_interval=settings.run.save_interval,
             # a recorded batch may rightly be far from this run's policy
             engine_mismatch_limit=math.inf if self.replays else settings.rollout.engine_mismatch_limit,
+            check=self._check,
             log=self.log,
         )
+
+    def _check(self, record: Mapping[str, Any]) -> list[str]:
+        assert self.guards is not None, "rank 0 alone watches"
+        return self.guards.check(record)
 
     def _collect(self) -> Callable[[int], Rollout]:
         if self.replays:
@@ -181,8 +202,8 @@ class _Stages:
             return
         side = self.rollout_side
         with self.log.stage("evaluate", part_of_step=False):
-            result = self._on_rank_zero(lambda: side.evaluate() if side is not None and side.eval_problems else None)
-        log_evaluation(self.log, step, result)
+            results = self._on_rank_zero(lambda: side.evaluate() if side is not None else [])
+        log_evaluation(self.log, step, results or [], self.settings.run.output_dir)
 
     def _save(self, step: int) -> None:
         directory = self.settings.run.save
@@ -217,4 +238,8 @@ def _open_log(settings: Settings, rank: int, resume_step: int | None) -> RunLogg
         resume_step=resume_step,
         tensorboard_dir=settings.run.tensorboard_dir,
         influence_bounds=bounds,
+        config=config_values(settings),
+        config_text=config_text(settings),
+        wandb_project=settings.run.wandb_project,
+        wandb_exp_name=settings.run.wandb_exp_name,
     )
