@@ -1,11 +1,13 @@
 """The log of a run: metrics.jsonl, evaluations, sampled texts, TensorBoard, the live display, the curves at the end.
 
 A run directory holds metrics.jsonl (one object per step), evaluations.jsonl (one per evaluation), samples.jsonl (one
-per sampled text), tensorboard/ (per step; per update in tensorboard/updates) and curves.png.
+per sampled text), config.json (the settings of the latest start), tensorboard/ (per step; per update in
+tensorboard/updates), curves.png, and with Weights & Biases wandb/ and wandb_id.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import IO, Any
 
 from megatron_fipo.metrics.curves import draw_curves
 from megatron_fipo.metrics.display import Display, Progress, open_display
+from megatron_fipo.metrics.histograms import histogram_of
 from megatron_fipo.metrics.records import (
     EVALUATIONS_FILE,
     METRICS_FILE,
@@ -23,10 +26,13 @@ from megatron_fipo.metrics.records import (
     plain,
     read_metrics,
 )
-from megatron_fipo.metrics.scalars import Scalars
+from megatron_fipo.metrics.tensorboard_log import TensorBoardLog
 from megatron_fipo.metrics.timings import StageClock, timings_table
+from megatron_fipo.metrics.wandb_log import WandbLog, import_wandb
 
+CONFIG_FILE = "config.json"
 CURVES_FILE = "curves.png"
+HISTOGRAMS = "histograms"  # of a step's metrics: not for metrics.jsonl
 
 # metric, the count it divides, the stages whose seconds it divides by
 _SPEEDS = (
@@ -41,7 +47,9 @@ class RunLogger:
 
     `resume_step` None starts a fresh run, and k continues one after step k: whatever a later, dead run wrote after
     step k is dropped. `total_steps` is the last step's number; `influence_bounds` are drawn into the curves.
-    Raises ValueError when a fresh run's directory already holds one, or a record file is damaged.
+    `config` (setting -> value, of JSON's types) and `config_text` (the same, to be read) go into config.json,
+    TensorBoard and W&B. `wandb_project` logs to Weights & Biases too; `wandb_module` stands in for the package.
+    Raises ValueError when a fresh run's directory already holds one, a record file is damaged, or W&B is not there.
     """
 
     def __init__(
@@ -53,6 +61,11 @@ class RunLogger:
         resume_step: int | None = None,
         tensorboard_dir: str | Path | None = None,
         influence_bounds: tuple[float, float] | None = None,
+        config: Mapping[str, Any] | None = None,
+        config_text: str = "",
+        wandb_project: str | None = None,
+        wandb_exp_name: str | None = None,
+        wandb_module: Any = None,
     ) -> None:
         self._clock = StageClock()
         self._run_dir = Path(run_dir)
@@ -61,7 +74,8 @@ class RunLogger:
         self._num_updates = 0
         self._files: dict[str, IO[str]] = {}
         self._display: Display | None = None
-        self._scalars: Scalars | None = None
+        self._tensorboard: TensorBoardLog | None = None
+        self._wandb: WandbLog | None = None
         self._is_closed = False
         if rank != 0:
             return
@@ -69,11 +83,24 @@ class RunLogger:
         for name in (METRICS_FILE, EVALUATIONS_FILE, SAMPLES_FILE):
             self._files[name] = open_records(self._run_dir / name, resume_step=resume_step)
         self._num_updates = sum(len(record.get("updates", ())) for record in read_metrics(self._path(METRICS_FILE)))
-        self._scalars = Scalars(
+        self._tensorboard = TensorBoardLog(
             Path(tensorboard_dir or self._run_dir / "tensorboard"),
             resume_step=resume_step,
             num_updates=self._num_updates,
         )
+        if config is not None:
+            self._path(CONFIG_FILE).write_text(json.dumps(dict(config), indent=1) + "\n", encoding="utf-8")
+            self._tensorboard.add_config(config, config_text)
+        if wandb_project is not None:
+            self._wandb = WandbLog(
+                wandb_module or import_wandb(wandb_project),
+                self._run_dir,
+                project=wandb_project,
+                name=wandb_exp_name,
+                resume_step=resume_step,
+                config=config or {},
+                say=self.say,
+            )
         self._progress = Progress(total_steps, self._step)
         self._display = open_display(self._progress)
 
@@ -83,7 +110,7 @@ class RunLogger:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(succeeded=kind is None)
 
     @property
     def timings(self) -> dict[str, float]:
@@ -113,17 +140,20 @@ class RunLogger:
         """Append one step to metrics.jsonl, to TensorBoard and to the display.
 
         `metrics` holds `step` (one more than the last step), numbers and lists by name, and `updates`: one mapping
-        per optimizer update. Added here: `time/STAGE` and their sum `time/step`, and tokens per second (of the whole
-        step, of the rollout, of log-probs and updates) where the counts are given. Raises ValueError naming the key
-        for NaN, infinity, or what is no number.
+        per optimizer update. `histograms` (name -> numbers, or {"edges": [n + 1], "counts": [n]}) and entries called
+        NAME_histogram become pictures; the former are left out of the file. Added here: `time/STAGE` and their sum
+        `time/step`, and tokens per second (of the whole step, of the rollout, of log-probs and updates) where the
+        counts are given. Raises ValueError naming the key for NaN, infinity, or what is no number.
         """
         seconds = self._clock.take_step()
         if self._display is None:
             return
-        assert self._scalars is not None
+        assert self._tensorboard is not None
         step = metrics["step"]
         assert step == self._step + 1, f"step {step} logged after step {self._step}"
-        record = {key: plain(key, value, step) for key, value in metrics.items()}
+        record = {key: plain(key, value, step) for key, value in metrics.items() if key != HISTOGRAMS}
+        found = {name: histogram_of(name, values) for name, values in metrics.get(HISTOGRAMS, {}).items()}
+        histograms = {name: histogram for name, histogram in found.items() if histogram is not None}
         record |= {f"time/{name}": value for name, value in seconds.items()}
         record["time/step"] = sum(seconds.values())
         for name, tokens, stages in _SPEEDS:
@@ -132,10 +162,15 @@ class RunLogger:
                 record[name] = record[tokens] / spent
         append_record(self._files[METRICS_FILE], record)
         self._step = step
-        self._scalars.add(record, step)
+        self._tensorboard.add(record, step)
+        self._tensorboard.add_histograms(histograms, step)
+        if self._wandb is not None:
+            self._wandb.add(record, step, histograms)
         for update in record.get("updates", ()):
             self._num_updates += 1
-            self._scalars.add_update(update, self._num_updates)
+            self._tensorboard.add_update(update, self._num_updates)
+            if self._wandb is not None:
+                self._wandb.add_update(update, self._num_updates)
         self._display.step(record)
 
     def log_evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -143,19 +178,22 @@ class RunLogger:
 
         Raises ValueError as `log_step`.
         """
-        if self._scalars is None:
+        if self._tensorboard is None:
             return
         record = {"step": step, **{key: plain(key, value, step) for key, value in metrics.items()}}
         append_record(self._files[EVALUATIONS_FILE], record)
-        self._scalars.add({f"eval/{key}": value for key, value in record.items() if key != "step"}, step)
+        named = {f"eval/{key}": value for key, value in record.items() if key != "step"}
+        self._tensorboard.add(named, step)
+        if self._wandb is not None:
+            self._wandb.add(named, step)
 
     def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """Append sampled texts, one mapping of strings and numbers each, to samples.jsonl and TensorBoard's texts."""
-        if self._scalars is None:
+        if self._tensorboard is None:
             return
         for sample in samples:
             append_record(self._files[SAMPLES_FILE], {"step": step, **sample})
-        self._scalars.add_texts(samples, step)
+        self._tensorboard.add_texts(samples, step)
 
     def say(self, message: str) -> None:
         """One message to the person watching, on stderr of rank 0, beside the live display."""
@@ -166,13 +204,15 @@ class RunLogger:
         """Where the time went so far, as a text table."""
         return timings_table(self.timings, self.elapsed_s)
 
-    def close(self) -> None:
+    def close(self, *, succeeded: bool = True) -> None:
         """Draw curves.png when there is a step to draw, put the terminal back, close the files. Safe to call twice."""
-        if self._display is None or self._scalars is None or self._is_closed:
+        if self._display is None or self._tensorboard is None or self._is_closed:
             return
         self._is_closed = True
         self._display.close()
-        self._scalars.close()
+        self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.close(succeeded=succeeded)
         for file in self._files.values():
             file.close()
         steps = read_metrics(self._path(METRICS_FILE))
