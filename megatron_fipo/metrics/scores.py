@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from functools import lru_cache
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -216,35 +217,36 @@ def _expected_majority(row: list[Any], accuracies: npt.NDArray[np.float64], k: i
 
     How often each answer is drawn has the multivariate hypergeometric distribution: that of independent binomials of
     success probability k/n (any would do; this one underflows last), given that they add up to k. For each number of
-    votes v that wins, a recurrence over the answers carries, by votes given out and number of answers with exactly v,
-    the probability and the expected sum of what those answers are worth.
+    votes v that wins, a recurrence over the answers that can have v carries, by votes given out and number of answers
+    with exactly v, the probability and the expected sum of what those answers are worth. All else, samples without an
+    answer among it, is one binomial.
     """
     n = len(row)
     worth = dict(zip(row, _worth(row, accuracies).tolist()))
     counts = Counter(answer for answer in row if answer is not None)
-    silent = _binomial(n - counts.total(), k / n)[: k + 1]
-    drawn = {answer: _binomial(count, k / n) for answer, count in counts.items()}
     total = 0.0
     for votes in range(1, min(k, max(counts.values(), default=0)) + 1):
-        probability = np.zeros((k + 1, k // votes + 1))  # [votes given out, answers with exactly `votes`]
+        able = [answer for answer, count in counts.items() if count >= votes]
+        probability = np.zeros((k + 1, min(k // votes, len(able)) + 1))  # [votes given out, answers with `votes`]
         probability[0, 0] = 1.0
         sums = np.zeros_like(probability)
-        for answer, chances in drawn.items():
-            below, at = chances[:votes], chances[votes : votes + 1]
+        for answer in able:
+            chances = _binomial(counts[answer], k / n)
             next_probability, next_sums = np.zeros_like(probability), np.zeros_like(sums)
-            for count, chance in enumerate(below):
-                next_probability[count:] += chance * probability[: k + 1 - count]
-                next_sums[count:] += chance * sums[: k + 1 - count]
-            for chance in at:
-                came, carried = probability[: k + 1 - votes, :-1], sums[: k + 1 - votes, :-1]
-                next_probability[votes:, 1:] += chance * came
-                next_sums[votes:, 1:] += chance * (carried + worth[answer] * came)
+            for count in range(votes):
+                next_probability[count:] += chances[count] * probability[: k + 1 - count]
+                next_sums[count:] += chances[count] * sums[: k + 1 - count]
+            came, carried = probability[: k + 1 - votes, :-1], sums[: k + 1 - votes, :-1]
+            next_probability[votes:, 1:] += chances[votes] * came
+            next_sums[votes:, 1:] += chances[votes] * (carried + worth[answer] * came)
             probability, sums = next_probability, next_sums
         shared = (sums[:, 1:] / np.arange(1, sums.shape[1])).sum(axis=1)  # the tied answers share alike
-        total += float(np.dot(shared[::-1][: len(silent)], silent))
+        rest = _binomial(n - sum(counts[answer] for answer in able), k / n)[: k + 1]
+        total += float(np.dot(shared[::-1][: len(rest)], rest))
     return total / float(_binomial(n, k / n)[k])
 
 
+@lru_cache(maxsize=4096)
 def _binomial(count: int, chance: float) -> npt.NDArray[np.float64]:
     """[count + 1]: the probabilities of 0 to `count` successes."""
     if chance == 1:

@@ -1,53 +1,25 @@
-"""Evaluation on held-out problems: the same function before, during and after training."""
+"""Evaluation on held-out problems: the same function before, during and after training, and without any."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from megatron_fipo.data.prompts import Tokenizer
-from megatron_fipo.trainer.sampling import Generate, Grader, generate_groups, grade_groups
-from megatron_fipo.types import Prompt, SamplingSettings
+from megatron_fipo.data_config import OnRewardError
+from megatron_fipo.trainer.evaluation_report import write_problem_table
+from megatron_fipo.trainer.evaluation_result import EvaluatedProblem, EvaluatedResponse, EvaluationResult, Example
+from megatron_fipo.trainer.generation import Generate, Grader, RewardFailed, generate_groups, grade_groups
+from megatron_fipo.types import GraderError, Prompt, Sample, SamplingSettings
+
+__all__ = ["EvaluationResult", "Example", "answer_problems", "evaluate", "summary", "write_problem_table"]
 
 EVALUATION_STEP = -1  # stands for the step in the sampling seeds: every evaluation of a run draws with the same ones
-NUM_EXAMPLES = 4
-
-
-@dataclass(frozen=True)
-class Example:
-    """One graded response, to be shown."""
-
-    uid: str
-    prompt: str  # as the model saw it, special tokens aside
-    response: str
-    ground_truth: str
-    accuracy: float
-
-
-@dataclass(frozen=True, eq=False)
-class EvaluationResult:
-    """What an evaluation found. Means are over all responses."""
-
-    accuracy: float
-    score: float
-    accuracies: np.ndarray  # [problems, samples] float64, in the order of the problems
-    response_length: float  # tokens
-    truncated_fraction: float  # responses that the length limit ended
-    examples: tuple[Example, ...]  # the first problems' first responses
-
-    def metrics(self) -> dict[str, float]:
-        """The scalars under their logged names."""
-        return {
-            "eval/accuracy": self.accuracy,
-            "eval/score/mean": self.score,
-            "eval/response_length/mean": self.response_length,
-            "eval/response_length/truncated_fraction": self.truncated_fraction,
-        }
 
 
 def evaluate(
+    name: str,
     prompts: Sequence[Prompt],
     generate: Generate,
     tokenizer: Tokenizer,
@@ -56,34 +28,97 @@ def evaluate(
     sampling: SamplingSettings,
     n_samples: int,
     seed: int,
+    on_reward_error: OnRewardError,
 ) -> EvaluationResult:
-    """Draw `n_samples` responses to every prompt and grade them, without the overlong penalty.
+    """Draw `n_samples` responses to every prompt of the data set `name` and score them.
 
     The sampling seeds depend on `seed`, the problem and the sample alone, so two evaluations differ by the weights.
-    Raises ValueError when there is no prompt, RewardFailed when a grader fails.
+    Raises ValueError when there is no prompt; RewardFailed when a grader gives no verdict and `on_reward_error` is
+    "fail", and in any case when it gives none on any response.
     """
-    if not prompts:
-        raise ValueError("there is nothing to evaluate on: give --eval-prompt-data, or a --task")
+    problems = answer_problems(
+        prompts,
+        generate,
+        tokenizer,
+        grader,
+        sampling=sampling,
+        n_samples=n_samples,
+        seed=seed,
+        on_reward_error=on_reward_error,
+    )
+    return evaluation_result(name, problems, seed)
+
+
+def answer_problems(
+    prompts: Sequence[Prompt],
+    generate: Generate,
+    tokenizer: Tokenizer,
+    grader: Grader,
+    *,
+    sampling: SamplingSettings,
+    n_samples: int,
+    seed: int,
+    on_reward_error: OnRewardError,
+) -> tuple[EvaluatedProblem, ...]:
+    """The responses to `prompts`, graded without the overlong penalty; what `evaluate` scores."""
     completions = generate_groups(
         prompts, generate, sampling=sampling, num_samples=n_samples, seed=seed, step=EVALUATION_STEP
     )
-    groups = grade_groups(prompts, completions, tokenizer, grader)
-    samples = [sample for group in groups for sample in group.samples]
-    accuracies = np.array([[sample.result.accuracy for sample in group.samples] for group in groups])
-    return EvaluationResult(
-        accuracy=float(accuracies.mean()),
-        score=float(np.mean([sample.result.score for sample in samples])),
-        accuracies=accuracies,
-        response_length=float(np.mean([len(sample.response_ids) for sample in samples])),
-        truncated_fraction=float(np.mean([sample.finish_reason == "length" for sample in samples])),
-        examples=tuple(
-            Example(
-                uid=group.samples[0].uid,
-                prompt=tokenizer.decode(group.prompt.token_ids.tolist(), skip_special_tokens=True),
-                response=group.samples[0].text,
-                ground_truth=group.prompt.problem.ground_truth,
-                accuracy=group.samples[0].result.accuracy,
-            )
-            for group in groups[:NUM_EXAMPLES]
-        ),
+    groups = grade_groups(prompts, completions, tokenizer, grader, on_error=on_reward_error)
+    return tuple(
+        EvaluatedProblem(
+            uid=group.prompt.problem.uid,
+            prompt=tokenizer.decode(group.prompt.token_ids.tolist(), skip_special_tokens=True),
+            ground_truth=group.prompt.problem.ground_truth,
+            responses=tuple(_response(sample) for sample in group.samples),
+        )
+        for group in groups
+    )
+
+
+def evaluation_result(name: str, problems: Sequence[EvaluatedProblem], seed: int) -> EvaluationResult:
+    """The result of answered problems. Raises ValueError when there is none, RewardFailed when none was graded."""
+    if not problems:
+        raise ValueError(
+            f"there is nothing to evaluate on in {name!r}: give --eval-prompt-data with prompts that are not left out, "
+            "or a --task"
+        )
+    assert len({len(problem.responses) for problem in problems}) == 1, "problems have different numbers of responses"
+    result = EvaluationResult(name, tuple(problems), seed)
+    if len(result.errors) == len(problems) * result.num_samples:
+        raise RewardFailed(
+            f"the reward gave no verdict on any of the {len(result.errors)} responses of {name!r}; the first: "
+            f"{result.errors[0]}"
+        )
+    return result
+
+
+def summary(results: Sequence[EvaluationResult]) -> dict[str, float]:
+    """An evaluation in a few numbers: means over its data sets, each data set weighing the same.
+
+    `accuracy` is the mean of avg@k; `num_reward_errors` is a sum.
+    """
+    return {
+        "accuracy": float(np.mean([result.accuracy for result in results])),
+        "score/mean": float(np.mean([result.score for result in results])),
+        "response_length/mean": float(np.mean([result.response_length for result in results])),
+        "response_length/truncated_fraction": float(np.mean([result.truncated_fraction for result in results])),
+        "num_reward_errors": float(sum(len(result.errors) for result in results)),
+    }
+
+
+def _response(sample: Sample) -> EvaluatedResponse:
+    result = sample.result
+    if isinstance(result, GraderError):
+        accuracy, score, answer, error = 0.0, None, None, f"{result.kind}: {result.message}"
+    else:
+        accuracy, score, answer, error = result.accuracy, result.score, (result.answer or "").strip() or None, None
+    return EvaluatedResponse(
+        text=sample.text,
+        num_tokens=len(sample.response_ids),
+        finish_reason=sample.finish_reason,
+        accuracy=accuracy,
+        score=score,
+        answer=answer,
+        error=error,
     )
