@@ -39,7 +39,7 @@ def draw_curves(
     _draw_evaluations(next(axes), evaluations)
     _draw_metric(next(axes), steps, "Reward", "mean score", "score/mean", from_zero=False)
     _draw_lengths(next(axes), steps)
-    _draw_metric(next(axes), steps, "Truncated responses", "share at the length limit", "response_length/clip_ratio")
+    _draw_metric(next(axes), steps, "Truncated responses", "share that the limit ended", "truncation_rate")
     _draw_metric(next(axes), steps, "Entropy", "nats per token", "entropy")
     _draw_influence(next(axes), steps, influence_bounds)
     _draw_metric(next(axes), steps, "Noise gauge", "Future-KL spread, first update", "noise_gauge")
