@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from functools import partial
 
 from megatron_fipo.data_config import DataSettings
 from megatron_fipo.rewards.dapo import dapo_math
 from megatron_fipo.rewards.gym import reasoning_gym
 from megatron_fipo.rewards.rules import exact, small_arithmetic
+from megatron_fipo.rewards.symbolic import math_verify, warm_up_math_verify
 from megatron_fipo.types import RewardResult
 
-Reward = Callable[..., RewardResult]
+Reward = Callable[..., RewardResult | Awaitable[RewardResult]]
 
-REWARDS: dict[str, Reward] = {
+REWARDS: dict[str, Callable[..., RewardResult]] = {
     "small_arithmetic": small_arithmetic,
     "reasoning_gym": reasoning_gym,
     "dapo_math": dapo_math,
+    "math_verify": math_verify,
     "exact": exact,
 }
 """Every built-in reward: f(response: str, ground_truth: str, **extra) -> RewardResult, synchronous, free to hang."""
 
-PRELOADED_MODULES = {"reasoning_gym": "reasoning_gym"}
-"""What a grader process imports before its limits are set, because the reward imports it on first use."""
+WARM_UPS: dict[str, Callable[[], object]] = {
+    "reasoning_gym": partial(importlib.import_module, "reasoning_gym"),
+    "math_verify": warm_up_math_verify,
+}
+"""What a grader process does before its limits are set, because the first verdict would pay for it."""
 
 
 def reward_name(settings: DataSettings) -> str:
@@ -45,7 +51,8 @@ def reward_name(settings: DataSettings) -> str:
 
 
 def load_reward(path: str) -> Reward:
-    """The reward of that name in REWARDS, or the function `module:function`, whose module is imported.
+    """The reward of that name in REWARDS, or the function `module:function`, whose module is imported. The latter may
+    be a coroutine function, or return any other awaitable: the grader process awaits it.
 
     Raises ValueError when there is none; whatever the module raises while it is imported passes through.
     """

@@ -5,7 +5,6 @@ It ends when stdin does, that is when its parent closes it or dies. What a rewar
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
@@ -13,9 +12,11 @@ import resource
 import signal
 import sys
 import traceback
+from collections.abc import Awaitable
 from typing import Any, BinaryIO
 
-from megatron_fipo.rewards.registry import PRELOADED_MODULES, Reward, load_reward
+from megatron_fipo.rewards.processes import OUT_OF_MEMORY_EXIT_CODE
+from megatron_fipo.rewards.registry import WARM_UPS, Reward, load_reward
 from megatron_fipo.types import RewardResult
 
 MAX_ANSWER_CHARACTERS = 1_000
@@ -26,7 +27,7 @@ ORPHAN_GRACE_S = 2.0  # a hung grader ends itself this long after its parent sho
 def main() -> None:
     """Load the reward that the first line names, say so, then grade line by line until stdin ends.
 
-    In: {"reward", "sys_path", "memory_bytes", "timeout_s"}, then {"id", "response", "ground_truth", "extra"}.
+    In: {"reward", "sys_path", "memory_bytes", "timeout_s"}, then `ID [response, ground truth, {keyword: value}]`.
     Out: {"ready": true} or {"load_error"}, then {"id", "score", "accuracy", "answer"} or {"id", "kind", "message"}.
     """
     requests, replies = _take_over_standard_streams()
@@ -34,20 +35,23 @@ def main() -> None:
     sys.path[:] = first["sys_path"]
     try:
         reward = load_reward(first["reward"])
-        if first["reward"] in PRELOADED_MODULES:
-            importlib.import_module(PRELOADED_MODULES[first["reward"]])
+        if first["reward"] in WARM_UPS:
+            WARM_UPS[first["reward"]]()
     except BaseException as error:  # the user's module may raise anything, SystemExit too: the parent reports it
         _send(replies, {"load_error": _message(error)})
         return
     _limit_memory(first["memory_bytes"])
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     _send(replies, {"ready": True})
-    for line in requests:
-        # The kernel ends this process when the parent that should watch the time is gone: no Python code has to run.
-        signal.setitimer(signal.ITIMER_REAL, first["timeout_s"] + ORPHAN_GRACE_S)
-        reply = _grade(reward, json.loads(line))
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        _send(replies, reply)
+    try:
+        for line in requests:
+            # The kernel ends this process when the parent that should watch the time is gone: no Python has to run.
+            signal.setitimer(signal.ITIMER_REAL, first["timeout_s"] + ORPHAN_GRACE_S)
+            reply = _grade(reward, line)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            _send(replies, reply)
+    except MemoryError:  # even to read an answer or to report that there is none left
+        os._exit(OUT_OF_MEMORY_EXIT_CODE)
 
 
 def _take_over_standard_streams() -> tuple[BinaryIO, int]:
@@ -68,21 +72,36 @@ def _limit_memory(memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _grade(reward: Reward, request: dict[str, Any]) -> dict[str, Any]:
+def _grade(reward: Reward, line: bytes) -> dict[str, Any]:
+    id_text = line[:32].partition(b" ")[0]
+    reply: dict[str, Any] = {"id": int(id_text)}
     try:
-        result = reward(request["response"], request["ground_truth"], **request["extra"])
+        response, ground_truth, extra = json.loads(line[len(id_text) :])
+        result = reward(response, ground_truth, **extra)
+        if hasattr(result, "__await__"):
+            result = _wait_for(result)
         problem = _problem_of(result)
+        if problem is not None:
+            return reply | {"kind": "exception", "message": problem[:MAX_MESSAGE_CHARACTERS]}
+        answer = None if result.answer is None else result.answer[:MAX_ANSWER_CHARACTERS]
+        return reply | {"score": float(result.score), "accuracy": float(result.accuracy), "answer": answer}
     except MemoryError as error:
-        return {"id": request["id"], "kind": "memory", "message": _message(error)}
+        return reply | {"kind": "memory", "message": _message(error)}
     except BaseException as error:  # a reward may raise anything, SystemExit too; all of it is the parent's to see
-        return {"id": request["id"], "kind": "exception", "message": _message(error)}
-    if problem is not None:
-        return {"id": request["id"], "kind": "exception", "message": problem[:MAX_MESSAGE_CHARACTERS]}
-    answer = None if result.answer is None else result.answer[:MAX_ANSWER_CHARACTERS]
-    return {"id": request["id"], "score": float(result.score), "accuracy": float(result.accuracy), "answer": answer}
+        return reply | {"kind": "exception", "message": _message(error)}
 
 
-def _problem_of(result: RewardResult) -> str | None:
+def _wait_for(result: Awaitable[Any]) -> Any:
+    """What an async reward returns, in an event loop of its own: tasks that it leaves behind end with it."""
+    import asyncio
+
+    async def wait() -> Any:
+        return await result
+
+    return asyncio.run(wait())
+
+
+def _problem_of(result: Any) -> str | None:
     """What is wrong with a reward's return value, or None."""
     if not isinstance(result, RewardResult):
         return f"the reward returned {type(result).__name__}, wanted RewardResult"

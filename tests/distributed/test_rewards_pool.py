@@ -19,8 +19,39 @@ MIB = 1 << 20
 RIGHT = RewardResult(1.0, 1.0, "ok")
 
 CUSTOM = """
-import os, subprocess, sys, time
+import asyncio, os, re, subprocess, sys, time
 from megatron_fipo.types import RewardResult
+
+KEPT = []
+
+async def misbehave_later(response, ground_truth, **extra):
+    await asyncio.sleep(0)
+    if response == "forever":
+        await asyncio.Event().wait()
+    if response == "background":
+        KEPT.append(asyncio.create_task(asyncio.sleep(600)))
+    if response == "stubborn":
+        asyncio.create_task(refuse_to_end())
+        await asyncio.sleep(0)
+    if response == "tasks":
+        return RewardResult(float(len(asyncio.all_tasks())), 1.0, str([task.cancelled() for task in KEPT]))
+    if response == "gather":
+        results = await asyncio.gather(*[asyncio.to_thread(misbehave, "echo", "x" * i) for i in range(5)])
+        return RewardResult(sum(result.score for result in results), 1.0, None)
+    return misbehave(response, ground_truth, **extra)
+
+async def refuse_to_end():
+    while True:
+        try:
+            await asyncio.sleep(600)
+        except asyncio.CancelledError:
+            pass
+
+class Judge:
+    async def __call__(self, response, ground_truth, **extra):
+        return RewardResult(0.25, 0.0, response)
+
+judge = Judge()
 
 def misbehave(response, ground_truth, **extra):
     if response == "power":
@@ -67,6 +98,22 @@ def misbehave(response, ground_truth, **extra):
         with open(ground_truth, "w") as file:
             file.write(str(child.pid))
         time.sleep(600)
+    if response == "daemon":
+        child = subprocess.Popen(["sleep", "600"], start_new_session=True)
+        with open(ground_truth, "w") as file:
+            file.write(str(child.pid))
+        time.sleep(600)
+    if response == "leak":
+        KEPT.append(bytearray(40 << 20))
+    if response == "regex":
+        re.fullmatch("(a+)+b", "a" * 100)
+    if response == "sum":
+        sum(range(10**12))
+    if response == "recursion":
+        misbehave(response, ground_truth)
+    if response == "threads":
+        import threading
+        threading.Thread(target=time.sleep, args=(600,)).start()
     if response == "sleep":
         time.sleep(0.05)
     if response == "echo":
@@ -125,8 +172,82 @@ def test_a_bad_answer_costs_its_own_verdict_only(pool: GraderPool, response: str
     assert found.kind == kind
     assert message in found.message
     assert verdicts == [RIGHT] * 60
-    assert pool.num_replaced - num_replaced == (kind in ("timeout", "memory", "crash"))
+    # Memory that ran out may have been lost to earlier answers: a fresh process tries again, and is replaced as well.
+    assert pool.num_replaced - num_replaced == {"exception": 0, "timeout": 1, "crash": 1, "memory": 2}[kind]
     assert grade_all(pool, "good") == [RIGHT]
+
+
+@pytest.mark.parametrize("response", ["regex", "sum"])
+def test_the_time_limit_holds_in_c_code(pool: GraderPool, response: str) -> None:
+    start = time.monotonic()
+    hung, good = grade_all(pool, response, "good")
+    assert hung == GraderError("timeout", "no verdict after 1 s")
+    assert good == RIGHT
+    assert time.monotonic() - start < 5.0
+
+
+def test_recursion_without_end_is_an_error_of_its_answer(pool: GraderPool) -> None:
+    num_replaced = pool.num_replaced
+    (verdict,) = grade_all(pool, "recursion")
+    assert isinstance(verdict, GraderError)
+    assert (verdict.kind, "RecursionError" in verdict.message) == ("exception", True)
+    assert pool.num_replaced == num_replaced
+
+
+def test_an_answer_does_not_pay_for_the_memory_that_earlier_ones_kept(custom: Callable[[str], str]) -> None:
+    with GraderPool(custom(CUSTOM), timeout_s=10.0, memory_bytes=100 * MIB, num_workers=1) as pool:
+        assert grade_all(pool, *["leak"] * 6) == [RIGHT] * 6  # a process holds two
+        assert pool.num_replaced == 2
+
+
+@pytest.fixture(scope="module")
+def async_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GraderPool]:
+    directory = tmp_path_factory.mktemp("async_reward")
+    (directory / "async_reward.py").write_text(CUSTOM)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(directory))
+        with GraderPool("async_reward:misbehave_later", timeout_s=1.0, memory_bytes=512 * MIB, num_workers=2) as pool:
+            yield pool
+
+
+@pytest.mark.parametrize(
+    ("response", "kind", "message"),
+    [
+        ("forever", "timeout", "no verdict after 1 s"),
+        ("power", "timeout", "no verdict after 1 s"),
+        ("stubborn", "timeout", "no verdict after 1 s"),
+        ("huge", "memory", "MemoryError"),
+        ("exit", "crash", "ended with exit code 3"),
+        ("sys.exit", "exception", "SystemExit: bye"),
+        ("raise", "exception", "KeyError: 'no such key'"),
+        ("wrong type", "exception", "returned float, wanted RewardResult"),
+    ],
+)
+def test_an_async_reward_is_awaited_under_the_same_limits(
+    async_pool: GraderPool, response: str, kind: str, message: str
+) -> None:
+    first, found, last = grade_all(async_pool, "good", response, "good")
+    assert first == last == RIGHT
+    assert isinstance(found, GraderError)
+    assert found.kind == kind
+    assert message in found.message
+
+
+def test_an_async_reward_may_wait_for_several_things_at_once(async_pool: GraderPool) -> None:
+    assert grade_all(async_pool, "gather", "good") == [RewardResult(10.0, 1.0, None), RIGHT]
+
+
+def test_tasks_that_an_async_reward_leaves_end_with_its_answer(custom: Callable[[str], str]) -> None:
+    name = custom(CUSTOM).replace("misbehave", "misbehave_later")
+    with GraderPool(name, timeout_s=5.0, memory_bytes=256 * MIB, num_workers=1) as pool:
+        assert grade_all(pool, "background", "tasks") == [RIGHT, RewardResult(1.0, 1.0, "[True]")]
+
+
+def test_an_async_callable_object_is_awaited_too(custom: Callable[[str], str]) -> None:
+    name = custom(CUSTOM).replace("misbehave", "judge")
+    assert grade(name, ["a"], ["b"], timeout_s=5.0, memory_bytes=256 * MIB, num_workers=1) == [
+        RewardResult(0.25, 0.0, "a")
+    ]
 
 
 def test_many_hanging_answers_are_each_a_timeout_and_the_pool_goes_on(pool: GraderPool) -> None:
@@ -174,7 +295,16 @@ def test_answers_and_messages_come_back_cut_to_size(pool: GraderPool) -> None:
 
 
 def test_any_text_arrives_unharmed(pool: GraderPool) -> None:
-    texts = ["a" * MIB, "\x00\n\r", "\ud800 alone", "\U0001f600\u2028", '{"id": 0}\n{"id": 1}', ""]
+    texts = [
+        "a" * MIB,
+        "9" * (10 * MIB),
+        "\U0010ffff\u202e\x1b[2J" * 1000,
+        "\x00\n\r",
+        "\ud800 alone",
+        "\U0001f600\u2028",
+        '{"id": 0}\n{"id": 1}',
+        "",
+    ]
     verdicts = pool.grade(["echo"] * len(texts), texts)
     assert verdicts == [RewardResult(float(len(text)), 1.0, text[:10]) for text in texts]
 
@@ -200,6 +330,29 @@ def test_extras_reach_the_reward() -> None:
     assert [v.accuracy for v in verdicts if isinstance(v, RewardResult)] == [1.0, 0.0]
 
 
+def test_hostile_ground_truths_and_extras_reach_the_reward_unharmed(pool: GraderPool) -> None:
+    extras = [
+        {"\ud800": "\udfff\x00\n"},
+        {"n": float("nan"), "i": float("inf")},
+        {"deep": [[[{"a": [1]}]]]},
+        {"a" * 100: 1},
+    ]
+    truths = ["\ud800\x00", "\n\n\r", '"}\\u0000', "\udc80" * 10]
+    assert pool.grade(["echo"] * 4, truths, extras) == [RewardResult(float(len(t)), 1.0, t[:10]) for t in truths]
+    clash, good = pool.grade(["echo", "good"], ["x", "x"], [{"response": "mine"}, {}])
+    assert isinstance(clash, GraderError)
+    assert "multiple values for argument 'response'" in clash.message
+    assert good == RIGHT
+
+
+def test_an_answer_that_does_not_fit_the_memory_is_a_memory_error(custom: Callable[[str], str]) -> None:
+    texts = ["\u1234" * (20 * MIB), "ok"]
+    verdicts = grade(custom(CUSTOM), texts, ["x", "x"], timeout_s=30.0, memory_bytes=64 * MIB, num_workers=1)
+    assert isinstance(verdicts[0], GraderError)
+    assert verdicts[0].kind == "memory"
+    assert verdicts[1] == RIGHT
+
+
 def test_reasoning_gym_fits_a_small_memory_limit_because_imports_are_not_counted() -> None:
     extra = {"task": "chain_sum", "parameters": {"seed": 1, "size": 10}, "index": 0}
     (verdict,) = grade("reasoning_gym", ["x"], ["x"], timeout_s=5, memory_bytes=64 * MIB, extras=[extra], num_workers=1)
@@ -217,8 +370,11 @@ def test_memory_is_limited_above_what_a_worker_starts_with(custom: Callable[[str
 def test_wrong_arguments_are_named(pool: GraderPool) -> None:
     with pytest.raises(ValueError, match="2 responses with 1 ground truths"):
         pool.grade(["a", "b"], ["a"])
-    with pytest.raises(ValueError, match="extra of answer 0 is not made of JSON types"):
-        pool.grade(["a"], ["a"], [{"when": object()}])
+    circular: dict[str, object] = {}
+    circular["self"] = circular
+    for extra in ({"when": object()}, {"bytes": b"x"}, circular, {"number": 10**5000}):
+        with pytest.raises(ValueError, match="extra of answer 1 is not made of JSON types"):
+            pool.grade(["a", "b"], ["a", "b"], [{}, extra])
     assert grade_all(pool, "good") == [RIGHT]
 
 
@@ -247,15 +403,19 @@ def test_a_reward_that_cannot_be_loaded_is_a_clear_error(
     assert psutil.Process().children() == before
 
 
-def test_closing_ends_every_worker_and_what_it_started(custom: Callable[[str], str], tmp_path: Path) -> None:
-    with GraderPool(custom(CUSTOM), timeout_s=0.5, memory_bytes=256 * MIB, num_workers=2) as pool:
+@pytest.mark.parametrize("response", ["child", "daemon"])
+def test_closing_ends_every_worker_and_what_it_started(
+    custom: Callable[[str], str], tmp_path: Path, response: str
+) -> None:
+    with GraderPool(custom(CUSTOM), timeout_s=2.0, memory_bytes=256 * MIB, num_workers=2) as pool:
         pids = pool.pids
-        (verdict,) = pool.grade(["child"], [str(tmp_path / "pid")])
+        (verdict,) = pool.grade([response], [str(tmp_path / "pid")])
         assert isinstance(verdict, GraderError)
         assert verdict.kind == "timeout"
         pids += pool.pids
     grandchild = int((tmp_path / "pid").read_text())
-    assert not any(is_running(pid) for pid in (*pids, grandchild))
+    assert not any(is_running(pid) for pid in pids)
+    wait_until(lambda: not is_running(grandchild))
     pool.close()
 
 
