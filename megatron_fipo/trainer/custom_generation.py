@@ -1,7 +1,8 @@
 """The user's own generation (--custom-generate-function-path): tools, several turns; and the checks on what it returns.
 
 It is a function of (requests, generate, tokenizer) that returns one Completion per request, with the request's uid.
-`generate` draws from the engines. The function may be `async`; then `generate` is awaited: `await generate(requests)`.
+`generate` draws from the engines. The function may be `async`; then `generate` is awaited, and what several tasks ask
+at the same time goes to the engines together.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from megatron_fipo.data.prompts import Tokenizer
-from megatron_fipo.trainer.generation import Generate
+from megatron_fipo.trainer.generation import Generate, answers_to
 from megatron_fipo.types import Completion, GenerateRequest
 
 FLAG = "--custom-generate-function-path"
@@ -83,15 +84,55 @@ def checked_completions(path: str, requests: Sequence[GenerateRequest], completi
 async def _awaited(
     function: CustomGenerate, requests: Sequence[GenerateRequest], generate: Generate, tokenizer: Tokenizer
 ) -> Sequence[Completion]:
-    turn = asyncio.Lock()  # the engines' results repeat only when they meet one batch at a time
-
-    async def generate_async(batch: Sequence[GenerateRequest]) -> Sequence[Completion]:
-        async with turn:
-            return await asyncio.to_thread(generate, batch)
-
-    result = function(requests, generate_async, tokenizer)
+    result = function(requests, _SharedCalls(generate), tokenizer)
     assert inspect.isawaitable(result)
     return await result
+
+
+_Call = tuple[list[GenerateRequest], "asyncio.Future[list[Completion]]"]
+
+
+class _SharedCalls:
+    """`generate` to be awaited by many tasks at once: whoever asks while the engines are busy goes into the next call,
+    one call at a time. Requests of the same uid go into different calls, so that answers are not mixed up."""
+
+    def __init__(self, generate: Generate) -> None:
+        self._generate = generate
+        self._waiting: list[_Call] = []
+        self._server: asyncio.Task[None] | None = None
+
+    async def __call__(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
+        """The answers to `requests`, in their order. Raises ValueError when two of them share a uid."""
+        if len({request.uid for request in requests}) != len(requests):
+            raise ValueError(f"generate was given {len(requests)} requests, of which two share a uid")
+        answer: asyncio.Future[list[Completion]] = asyncio.get_running_loop().create_future()
+        self._waiting.append((list(requests), answer))
+        if self._server is None or self._server.done():
+            self._server = asyncio.create_task(self._serve())  # begins when every task that is ready has had its turn
+        return await answer
+
+    async def _serve(self) -> None:
+        while self._waiting:
+            taken: dict[str, GenerateRequest] = {}
+            together: list[_Call] = []
+            later: list[_Call] = []
+            for call in self._waiting:
+                fits = taken.keys().isdisjoint(request.uid for request in call[0])
+                (together if fits else later).append(call)
+                if fits:
+                    taken.update((request.uid, request) for request in call[0])
+            self._waiting = later
+            try:
+                completions = await asyncio.to_thread(answers_to, list(taken.values()), self._generate)
+            except Exception as error:
+                for _, answer in together:
+                    if not answer.done():  # cancelled by its task
+                        answer.set_exception(error)
+                continue
+            found = {completion.uid: completion for completion in completions}
+            for requests, answer in together:
+                if not answer.done():
+                    answer.set_result([found[request.uid] for request in requests])
 
 
 def _checked(path: str, request: GenerateRequest, completion: Completion) -> Completion:

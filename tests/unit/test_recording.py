@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_fipo.trainer.recording import group_from_dict, group_to_dict, read_rollouts, write_rollouts
-from megatron_fipo.types import Group, Problem, Prompt, RewardResult, Sample
+from megatron_fipo.types import GraderError, Group, Problem, Prompt, RewardResult, Sample
 
 ODD_FLOATS = np.array(
     [-0.1, -1e-38, -1e-45, -0.0, -3.4e38, -np.inf, np.nextafter(np.float32(-1), np.float32(0))], np.float32
@@ -25,9 +25,20 @@ def make_groups() -> list[Group]:
         samples = []
         for i, n in enumerate((7, 0, 5)):
             logprobs = ODD_FLOATS if n == 7 else -rng.random(n, dtype=np.float32)
-            result = RewardResult(0.1 + 0.2, 1.0, None if i else "2")
-            ids = rng.integers(0, 2**40, n)
-            samples.append(Sample(f"{problem.uid}/{i}", ids, logprobs, "stop", i, "text\n", result, -1 / 3))
+            result = RewardResult(0.1 + 0.2, 1.0, None if i else "2") if i < 2 else GraderError("timeout", "10 s\n")
+            samples.append(
+                Sample(
+                    uid=f"{problem.uid}/{i}",
+                    response_ids=rng.integers(0, 2**40, n),
+                    rollout_logprobs=logprobs,
+                    loss_mask=rng.random(n) < 0.7,
+                    token_versions=np.sort(rng.integers(0, 2**40, n)),
+                    finish_reason="stop",
+                    text="text\n",
+                    result=result,
+                    reward=-1 / 3,
+                )
+            )
         groups.append(Group(Prompt(problem, np.array([5, 6])), tuple(samples)))
     return groups
 
@@ -43,15 +54,10 @@ def test_groups_survive_a_recording_bit_for_bit(tmp_path: Path) -> None:
     for group, again in zip(groups, found, strict=True):
         assert again.prompt.token_ids.tolist() == group.prompt.token_ids.tolist()
         for a, b in zip(group.samples, again.samples, strict=True):
-            assert b.rollout_logprobs.tobytes() == a.rollout_logprobs.tobytes()
-            assert b.response_ids.tobytes() == a.response_ids.tobytes()
-            assert (b.rollout_logprobs.dtype, b.response_ids.dtype) == (np.float32, np.int64)
-            assert (a.uid, a.finish_reason, a.weight_version, a.text) == (
-                b.uid,
-                b.finish_reason,
-                b.weight_version,
-                b.text,
-            )
+            for name in ("response_ids", "rollout_logprobs", "loss_mask", "token_versions"):
+                found_array, array = getattr(b, name), getattr(a, name)
+                assert (found_array.tobytes(), found_array.dtype) == (array.tobytes(), array.dtype), name
+            assert (a.uid, a.finish_reason, a.text) == (b.uid, b.finish_reason, b.text)
             assert (a.result, a.reward) == (b.result, b.reward)
 
 
@@ -112,12 +118,28 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: str, message: str) -> Non
 def test_another_steps_or_formats_file_is_refused(tmp_path: Path) -> None:
     path = write_rollouts(str(tmp_path), 1, make_groups(), {})
     path.rename(tmp_path / "step_000002.jsonl")
-    with pytest.raises(ValueError, match="line 1: found no header of format 1 for step 2"):
+    with pytest.raises(ValueError, match="line 1: found no header of format 2 for step 2"):
         read_rollouts(str(tmp_path), 2)
 
 
-def test_tokens_and_logprobs_of_unequal_number_are_refused() -> None:
+def test_a_recording_of_an_older_format_says_so(tmp_path: Path) -> None:
+    path = write_rollouts(str(tmp_path), 1, make_groups(), {})
+    header, *lines = path.read_text().splitlines()
+    path.write_text("\n".join([json.dumps({**json.loads(header), "format": 1}), *lines]))
+    with pytest.raises(ValueError, match=r"step_000001\.jsonl is of format 1, but must be of format 2.*record.*anew"):
+        read_rollouts(str(tmp_path), 1)
+
+
+@pytest.mark.parametrize("name", ["response_ids", "rollout_logprobs", "loss_mask", "token_versions"])
+def test_arrays_of_unequal_lengths_are_refused(name: str) -> None:
     data = json.loads(json.dumps(group_to_dict(make_groups()[0])))
-    data["samples"][0]["rollout_logprobs"].pop()
-    with pytest.raises(ValueError, match="'a:1/0' has unequal numbers of tokens and log-probs"):
+    data["samples"][0][name].pop()
+    with pytest.raises(ValueError, match="'a:1/0' has unequal numbers of tokens, log-probs, mask entries or versions"):
+        group_from_dict(data)
+
+
+def test_a_mask_of_anything_but_0_and_1_is_refused() -> None:
+    data = json.loads(json.dumps(group_to_dict(make_groups()[0])))
+    data["samples"][0]["loss_mask"][0] = 2
+    with pytest.raises(ValueError, match="something else than 0 and 1"):
         group_from_dict(data)
