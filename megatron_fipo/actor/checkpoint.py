@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import queue
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.safe_globals import register_safe_globals
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_fipo.actor.actor import Actor
@@ -72,7 +73,7 @@ def load_checkpoint(actor: Actor, directory: Path) -> bool:
     schedule; the actor is then of no further use. Collective over all ranks.
     """
     state = read_run_state(directory)
-    _require_same_model(actor, directory, state["model"])
+    require_same_architecture(directory, state["model"], _model_of(actor))
     register_safe_globals()
     _allocate_optimizer_state(actor)
     wanted = _hyperparameters(actor)
@@ -90,6 +91,34 @@ def load_checkpoint(actor: Actor, directory: Path) -> bool:
     if same_layout:
         _set_rng_state(torch.load(directory / f"rng_{actor.layout.rank}.pt", weights_only=True))
     return same_layout
+
+
+def load_model(chunks: Sequence[nn.Module], directory: Path) -> None:
+    """Load the model alone, whatever layout saved it; `directory` must have passed `verify_checkpoint`.
+
+    Raises CheckpointError when its tensors do not fit. Collective over all ranks.
+    """
+    register_safe_globals()
+    wanted = {"model": _sharded_model(chunks)}
+    try:
+        loaded = dist_checkpointing.load(wanted, str(directory))
+    except (CheckpointException, CheckpointingException, RuntimeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{directory} does not fit this model: {error}") from error
+    for index, chunk in enumerate(chunks):
+        unwrapped(chunk).load_state_dict(loaded["model"][f"chunk_{index}"])
+
+
+def require_same_architecture(directory: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise CheckpointError naming the first property of a model in which the checkpoint's (`saved`) is another.
+
+    How the Hugging Face files hold the weights is no such property.
+    """
+    for name, value in wanted.items():
+        if name != "dtype" and saved.get(name) != value:
+            raise CheckpointError(
+                f"{directory / RUN_STATE} is of another model: its {name} is {saved.get(name)!r}, but this run's "
+                f"(--hf-checkpoint and flags) is {value!r}"
+            )
 
 
 @contextmanager
@@ -160,8 +189,7 @@ def _sharded_state(actor: Actor, *, is_loading: bool) -> dict[str, Any]:
         part.get_parameter_state_dp_zero = functools.partial(_state_with_gaps, part)
         if _is_on_cpu(actor):
             part.data_parallel_group_gloo = part.data_parallel_group  # which is gloo already
-    # under global layer numbers inside, so that any number of chunks can load what any other saved
-    model = {f"chunk_{index}": unwrapped(chunk).sharded_state_dict() for index, chunk in enumerate(actor.chunks)}
+    model = _sharded_model(actor.chunks)
     optimizer = actor.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_format(actor))
     for part in [optimizer, *optimizer.values()]:
         if isinstance(part, dict) and part.get("param_state", ...) is None:
@@ -171,6 +199,11 @@ def _sharded_state(actor: Actor, *, is_loading: bool) -> dict[str, Any]:
         "optimizer": optimizer,
         "scheduler": actor.scheduler.state_dict(),
     }
+
+
+def _sharded_model(chunks: Sequence[nn.Module]) -> dict[str, Any]:
+    """Under global layer numbers inside, so that any number of chunks can load what any other saved."""
+    return {f"chunk_{index}": unwrapped(chunk).sharded_state_dict() for index, chunk in enumerate(chunks)}
 
 
 def _state_with_gaps(part: DistributedOptimizer, **options: Any) -> dict[Any, Any] | None:
@@ -208,15 +241,6 @@ def _model_of(actor: Actor) -> dict[str, Any]:
     architecture = asdict(actor.arch)
     architecture.pop("dtype")  # how the Hugging Face files hold the weights: nothing the checkpoint depends on
     return {**architecture, "use_distributed_optimizer": actor.chunks[0].ddp_config.use_distributed_optimizer}
-
-
-def _require_same_model(actor: Actor, directory: Path, saved: Mapping[str, Any]) -> None:
-    for name, value in _model_of(actor).items():
-        if saved.get(name) != value:
-            raise CheckpointError(
-                f"{directory / RUN_STATE} is of another model: its {name} is {saved.get(name)!r}, but this run's "
-                f"(--hf-checkpoint and flags) is {value!r}"
-            )
 
 
 def _hyperparameters(actor: Actor) -> dict[str, Any]:
