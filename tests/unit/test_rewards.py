@@ -6,80 +6,9 @@ import pytest
 
 from megatron_fipo.data_config import DataSettings
 from megatron_fipo.rewards import REWARDS, load_reward, reward_name
-from megatron_fipo.rewards.dapo import normalize_answer
 from megatron_fipo.types import RewardResult
 
-dapo_math, exact, small_arithmetic = (REWARDS[name] for name in ("dapo_math", "exact", "small_arithmetic"))
-
-
-@pytest.mark.parametrize(
-    "response",
-    [
-        "Answer: $42$",
-        "Answer: \\boxed{42}",
-        "Answer: 42 degrees",
-        "Answer:\n42",
-        "answer : 42",
-        "Answer: 41\nNo.\nAnswer: 42",
-        "Answer: x = 42",
-        "Answer: \\text{42}",
-        "Answer: \\textbf{42}",
-        "Answer: 42 \nand that is all",
-        "ANSWER: The total is $42$ apples",
-        "x" * 1000 + "Answer: 42",
-        "Answer: 42" + " " * 280,
-    ],
-)
-def test_dapo_math_accepts(response: str) -> None:
-    result = dapo_math(response, "42", finish_reason="stop")
-    assert (result.score, result.accuracy, result.answer) == (1.0, 1.0, "42")
-
-
-@pytest.mark.parametrize(
-    "response",
-    [
-        "**Answer:** 42",
-        "Answer: 42.",
-        "Answer: 42.0",
-        "Answer: 042",
-        "Answer: $$42$$",
-        "Answer: 42<|im_end|>",
-        "Answer: 42" + " " * 301,
-        "42",
-        "",
-        "Answer: 42\nAnswer: 43",
-        "Answer: 42 Answer: 42",
-    ],
-)
-def test_dapo_math_refuses(response: str) -> None:
-    result = dapo_math(response, "42", finish_reason="stop")
-    assert (result.score, result.accuracy) == (-1.0, 0.0)
-
-
-@pytest.mark.parametrize(
-    ("answer", "ground_truth"),
-    [
-        ("x = 5", "5"),
-        ("1,234", "1234"),
-        ("\\frac12", "\\frac{1}{2}"),
-        ("\\sqrt2", "\\sqrt{2}"),
-        ("a dog", "dog"),
-        ("\\mbox{3 cm}", "3"),
-        ("90^\\circ", "90"),
-        ("\\$5", "5"),
-        ("(1, 2)", "(1,2)"),
-        ("\\overline{AB}", "AB"),
-    ],
-)
-def test_dapo_math_normalises_both_sides(answer: str, ground_truth: str) -> None:
-    assert dapo_math(f"Answer: {answer}", ground_truth).accuracy == 1.0
-    assert dapo_math(f"Answer: {ground_truth}", answer).accuracy == 1.0
-
-
-def test_dapo_math_reports_no_answer_as_none_and_unlike_numbers_keep_their_commas() -> None:
-    assert dapo_math("no answer line", "1").answer is None
-    assert normalize_answer("1,2,x") == "1,2,x"
-    assert normalize_answer("12,345,678") == "12345678"
+exact, small_arithmetic = (REWARDS[name] for name in ("exact", "small_arithmetic"))
 
 
 @pytest.mark.parametrize("response", ["9", "9.", " 9 ", "9\n"])
