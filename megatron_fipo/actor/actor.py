@@ -17,10 +17,12 @@ from torch import Tensor
 from megatron_fipo.actor import pipeline
 from megatron_fipo.actor.model import build_policy, transformer_config
 from megatron_fipo.actor.optimizer import build_optimizer, build_scheduler
+from megatron_fipo.actor.reference import ReferenceWeights, copy_weights, weights_lent
 from megatron_fipo.actor.setup import Groups
 from megatron_fipo.actor.weights import WeightTable, export_weights, load_hf_weights, weight_table
-from megatron_fipo.config import PPOSettings, require
-from megatron_fipo.losses import collect_token_stats, update_metrics
+from megatron_fipo.config import CorrectionSettings, PPOSettings, require
+from megatron_fipo.losses import collect_token_stats, correction_metrics, update_histograms, update_metrics
+from megatron_fipo.losses.custom import custom_metrics
 from megatron_fipo.ops.packing import micro_batches, pack, padded_length, shared_micro_batches
 from megatron_fipo.ops.zigzag import zigzag_indices
 from megatron_fipo.parallel import ParallelLayout
@@ -28,6 +30,7 @@ from megatron_fipo.types import PackedBatch, TrainSequence
 from megatron_fipo.weights.architecture import Architecture, check_layout, padded_vocab_size
 from megatron_fipo.weights.hf_files import HFWeights
 
+NO_CORRECTION = CorrectionSettings()
 QUANTISED_ROWS = 128  # FP8 and FP4 matrix products of every recipe take rows in multiples of this
 
 
@@ -47,6 +50,7 @@ class Actor:
     max_response_len: int
     row_multiple: int  # what the rows of a rank's packs are padded to a multiple of
     share_prompts: bool  # compute a prompt that samples of a micro-batch share once
+    reference: ReferenceWeights | None  # the weights of --hf-checkpoint; None without a KL term
 
     def old_logprobs(self, mini_batches: Sequence[Sequence[TrainSequence]]) -> tuple[list[Tensor], list[Tensor]]:
         """Log-probs and entropies of this rank's sequences under the current weights, forward only.
@@ -59,7 +63,7 @@ class Actor:
         first_of: list[int] = []  # per micro-batch: how many sequences the mini-batches before its own hold
         num_before = 0
         for mini_batch in mini_batches:
-            packed = self._packed(mini_batch, None)
+            packed = self._packed(mini_batch)
             batches += packed
             first_of += [num_before] * len(packed)
             num_before += len(mini_batch)
@@ -76,6 +80,16 @@ class Actor:
         order = sorted(logprobs)
         return [logprobs[i] for i in order], [entropies[i] for i in order]
 
+    def reference_logprobs(self, mini_batches: Sequence[Sequence[TrainSequence]]) -> list[Tensor]:
+        """What `old_logprobs` gives, under the weights of the Hugging Face checkpoint that the run began with.
+
+        The current weights are back, bit for bit, when it returns. Only for an actor built with `keep_reference`.
+        """
+        assert self.reference is not None, "this actor was built without keep_reference"
+        with weights_lent(self.chunks, self.reference):
+            logprobs, _ = self.old_logprobs(mini_batches)
+        return logprobs
+
     def update(
         self,
         sequences: Sequence[TrainSequence],
@@ -83,41 +97,55 @@ class Actor:
         *,
         algorithm: str,
         settings: PPOSettings,
-    ) -> dict[str, float] | None:
+        correction: CorrectionSettings = NO_CORRECTION,
+        reference_logprobs: Sequence[Tensor] = (),
+    ) -> dict[str, Any] | None:
         """One optimizer step over a mini-batch, of which `sequences` are this rank's share.
 
-        `old_logprobs` is what `old_logprobs()` gave for them (empty off the last stage). Returns the metrics of the
-        whole mini-batch on rank 0, None elsewhere. Raises NonFiniteUpdate, parameters unchanged.
+        `old_logprobs` is what `old_logprobs()` gave for them (empty off the last stage), and so is
+        `reference_logprobs`, needed where `correction` has a KL term. Returns the metrics of the whole mini-batch and
+        its histograms on rank 0, None elsewhere.
+
+        When the loss or the gradient is NaN or infinite on any rank, no rank makes the step: parameters, optimizer
+        state and learning-rate schedule keep every bit, and rank 0's metrics are `skipped` 1.0, `skipped_for_loss` and
+        `skipped_for_gradient` (1.0 for which of them it was) and `lr`. Otherwise `skipped` is 0.0 among them.
         """
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        batches = self._packed(sequences, old_logprobs if self.layout.is_last_stage else None)
-        outcome = pipeline.update(
-            self.chunks,
-            self.optimizer,
-            batches,
-            algorithm=algorithm,
-            settings=settings,
-            control=self.groups.control,
-            max_response_len=self.max_response_len,
-            cp_group=self.groups.cp,
+        is_last = self.layout.is_last_stage
+        assert not (is_last and correction.kl_coef and not reference_logprobs), "a KL term, but no reference log-probs"
+        batches = self._packed(
+            sequences, old_logprobs if is_last else None, reference_logprobs if is_last and reference_logprobs else None
         )
+        objective = pipeline.Objective(algorithm, settings, correction, self.max_response_len)
+        outcome = pipeline.update(
+            self.chunks, self.optimizer, batches, objective, control=self.groups.control, cp_group=self.groups.cp
+        )
+        if outcome.skipped_for is not None:
+            culprits = {f"skipped_for_{what}": float(outcome.skipped_for == what) for what in ("loss", "gradient")}
+            return {"skipped": 1.0, **culprits, "lr": learning_rate} if self.layout.rank == 0 else None
         self.scheduler.step(increment=1)
-        metrics = self._mini_batch_metrics(outcome, settings)
+        metrics = self._mini_batch_metrics(outcome, settings, correction)
         if metrics is not None:
-            metrics.update(lr=learning_rate, grad_norm=outcome.grad_norm)
+            metrics.update(lr=learning_rate, grad_norm=outcome.grad_norm, skipped=0.0)
         return metrics
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The current weights as (Hugging Face name, tensor), on rank 0; every rank must exhaust the iterator."""
         return export_weights(self.chunks, self.arch, self.layout, self.groups, self.table)
 
-    def _packed(self, sequences: Sequence[TrainSequence], old_logprobs: Sequence[Tensor] | None) -> list[PackedBatch]:
+    def _packed(
+        self,
+        sequences: Sequence[TrainSequence],
+        old_logprobs: Sequence[Tensor] | None = None,
+        reference_logprobs: Sequence[Tensor] | None = None,
+    ) -> list[PackedBatch]:
         layout = self.layout
         return [
             pack(
                 sequences,
                 members,
                 old_logprobs=old_logprobs,
+                reference_logprobs=reference_logprobs,
                 share_prompts=self.share_prompts,
                 multiple_of=self.row_multiple,
                 cp_size=layout.cp,
@@ -169,7 +197,9 @@ class Actor:
             whole[:, zigzag_indices(cu_seqlens, self.layout.cp, rank)] = share
         return whole
 
-    def _mini_batch_metrics(self, outcome: pipeline.UpdateOutcome, settings: PPOSettings) -> dict[str, float] | None:
+    def _mini_batch_metrics(
+        self, outcome: pipeline.UpdateOutcome, settings: PPOSettings, correction: CorrectionSettings
+    ) -> dict[str, Any] | None:
         """Gather the per-token statistics of the whole mini-batch to rank 0: quantiles do not average."""
         share: dict[str, np.ndarray] | None = None
         if self.layout.is_last_stage and self.layout.tp_rank == 0:
@@ -181,7 +211,10 @@ class Actor:
             return None
         parts = [{name: torch.from_numpy(array) for name, array in part.items()} for part in shares if part is not None]
         whole = collect_token_stats(parts)
-        return {**update_metrics(whole, settings), "num_kept": float(whole["num_kept"].sum())}
+        metrics = {**correction_metrics(whole, correction), "num_kept": float(whole["num_kept"].sum())}
+        if correction.custom_loss_function_path is not None:
+            return custom_metrics(whole, settings) | metrics
+        return update_metrics(whole, settings) | update_histograms(whole, settings) | metrics
 
 
 def build_actor(
@@ -202,10 +235,12 @@ def build_actor(
     vocab_divisible_by: int = 1,
     temperature: float = 1.0,
     logprobs_chunk_size: int = 1024,
+    keep_reference: bool = False,
 ) -> Actor:
     """Build this rank's stage, load its weights, and make the optimizer over them.
 
     `transformer`, `ddp` and `optimizer` are the user's megatron-core fields; log-probs are those at `temperature`.
+    With `keep_reference` a copy of these weights stays in main memory, for `reference_logprobs`.
     Raises ValueError for a layout that does not divide the architecture. Collective over all ranks.
     """
     check_layout(arch, layout)
@@ -223,6 +258,7 @@ def build_actor(
         device=device,
     )
     load_hf_weights(chunks, arch, weights, layout, padded_vocab=padded_vocab)
+    reference = copy_weights(chunks) if keep_reference else None
     config.finalize_model_grads_func = finalize_model_grads
     config.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
     built = build_optimizer(chunks, params_dtype=params_dtype, overrides=optimizer)
@@ -241,4 +277,5 @@ def build_actor(
         * (QUANTISED_ROWS if config.fp8 or config.fp4 else 1),
         # Transformer Engine's kernels know sequences, not shared prompts, and a cut sequence has no prompt to share
         share_prompts=transformer_impl == "local" and layout.cp == 1,
+        reference=reference,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -15,17 +15,44 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_fipo.actor.model import run_model
-from megatron_fipo.config import PPOSettings
-from megatron_fipo.losses import LOSSES, TokenStats
+from megatron_fipo.config import CorrectionSettings, PPOSettings
+from megatron_fipo.losses import LOSSES, TokenStats, correction_weights
+from megatron_fipo.losses.custom import Loss, load_custom_loss
 from megatron_fipo.types import PackedBatch
+
+Culprit = Literal["loss", "gradient"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What an update makes smaller."""
+
+    algorithm: str
+    settings: PPOSettings
+    correction: CorrectionSettings
+    max_response_len: int
+
+    def loss(self) -> Loss:
+        """The user's own loss, or the algorithm's. Raises ValueError when there is none where the flag says."""
+        path = self.correction.custom_loss_function_path
+        return LOSSES[self.algorithm] if path is None else load_custom_loss(path)
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatchLoss:
+    """What is kept of a micro-batch on the last stage."""
+
+    loss: Tensor  # [] the local sum, detached
+    token_stats: TokenStats
 
 
 @dataclass(frozen=True, eq=False)
 class UpdateOutcome:
-    """What one update left on this rank: token statistics, one per micro-batch on the last stage, none elsewhere."""
+    """What one update left on this rank."""
 
-    token_stats: tuple[TokenStats, ...]
-    grad_norm: float  # before clipping
+    token_stats: tuple[TokenStats, ...]  # one per micro-batch on the last stage, none elsewhere
+    grad_norm: float  # before clipping; NaN when the loss was not finite
+    skipped_for: Culprit | None  # what was not finite, on any rank; None: the step was made
 
 
 class NonFiniteUpdate(RuntimeError):
@@ -47,54 +74,48 @@ def update(
     chunks: Sequence[DistributedDataParallel],
     optimizer: MegatronOptimizer,
     batches: Sequence[PackedBatch],
+    objective: Objective,
     *,
-    algorithm: str,
-    settings: PPOSettings,
     control: dist.ProcessGroup,
-    max_response_len: int,
     cp_group: dist.ProcessGroup | None = None,
 ) -> UpdateOutcome:
     """One optimizer step over this rank's share of a mini-batch.
 
     The loss is a local sum; Megatron divides the gradients once by the count summed over micro-batches and the
-    data- and context-parallel axes. Raises NonFiniteUpdate on every rank, before any parameter changes.
+    data- and context-parallel axes. When the loss or the gradient of any rank is not finite, no rank makes the step:
+    parameters and optimizer keep every bit. Collective over `control` (all ranks).
     """
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    token_stats = accumulate_gradients(
-        chunks,
-        batches,
-        algorithm=algorithm,
-        settings=settings,
-        max_response_len=max_response_len,
-        cp_group=cp_group,
-    )
-    _refuse_non_finite(all(bool(torch.isfinite(stats["loss_sum"])) for stats in token_stats), "loss", control)
+    losses = accumulate_gradients(chunks, batches, objective, cp_group=cp_group)
+    token_stats = tuple(loss.token_stats for loss in losses)
+    # the user's own statistics become metrics, which must be finite; of ours only the loss can break them
+    own = objective.correction.custom_loss_function_path is not None
+    watched = [loss.loss for loss in losses] + [x for stats in token_stats for x in stats.values() if own]
+    if not _agreed(all(bool(torch.isfinite(values).all()) for values in watched), control):
+        return UpdateOutcome(token_stats, float("nan"), "loss")
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
-    _refuse_non_finite(grad_norm < float("inf"), "gradient", control)
+    if not _agreed(grad_norm < float("inf"), control):
+        return UpdateOutcome(token_stats, grad_norm, "gradient")
     succeeded, *_ = optimizer.step()
     assert succeeded, "an fp32 or bf16 step is never skipped"
-    return UpdateOutcome(tuple(token_stats), grad_norm)
+    return UpdateOutcome(token_stats, grad_norm, None)
 
 
 def accumulate_gradients(
     chunks: Sequence[DistributedDataParallel],
     batches: Sequence[PackedBatch],
+    objective: Objective,
     *,
-    algorithm: str,
-    settings: PPOSettings,
-    max_response_len: int,
     cp_group: dist.ProcessGroup | None = None,
-) -> list[TokenStats]:
+) -> list[MicroBatchLoss]:
     """Forward and backward of every micro-batch (1F1B); the gradients of the globally normalised loss are in main_grad.
 
-    Returns the token statistics per micro-batch on the last stage, an empty list on the others.
+    Returns loss and token statistics per micro-batch on the last stage, an empty list on the others.
     """
-    loss_of = functools.partial(
-        _policy_loss, algorithm=algorithm, settings=settings, max_response_len=max_response_len, cp_group=cp_group
-    )
+    loss_of = functools.partial(_policy_loss, loss=objective.loss(), objective=objective, cp_group=cp_group)
     return _run(chunks, batches, loss_of, forward_only=False)
 
 
@@ -102,30 +123,35 @@ def _policy_loss(
     batch: PackedBatch,
     output: Tensor,
     *,
-    algorithm: str,
-    settings: PPOSettings,
-    max_response_len: int,
+    loss: Loss,
+    objective: Objective,
     cp_group: dist.ProcessGroup | None,
-) -> tuple[Tensor, Tensor, TokenStats]:
+) -> tuple[Tensor, Tensor, MicroBatchLoss]:
     """Megatron's 3-tuple: local loss sum, number of kept tokens or sequences, what to keep of this micro-batch.
 
     Under context parallelism all three are this rank's share, which add up to the micro-batch's.
     """
     assert batch.old_logprobs is not None, "the old log-prob pass comes before the update"
-    loss, info = LOSSES[algorithm](
+    corrected = correction_weights(batch.old_logprobs, batch.rollout_logprobs, batch.loss_mask, objective.correction)
+    token_weights, correction_stats = corrected or (None, {})
+    local_sum, info = loss(
         output[0],
         batch.old_logprobs,
         batch.advantages,
         batch.loss_mask,
-        settings,
+        objective.settings,
         cu_seqlens=batch.cu_seqlens,
         group=cp_group,
         denominator=1.0,
         num_sequences=len(batch.members),
-        max_response_len=max_response_len,
+        max_response_len=objective.max_response_len,
         with_metrics=False,
+        token_weights=token_weights,
+        reference_logprobs=batch.reference_logprobs,
+        kl_coef=objective.correction.kl_coef,
     )
-    return loss, info["num_kept"].to(torch.int), info["token_stats"]
+    token_stats = {**info["token_stats"], **correction_stats}
+    return local_sum, info["num_kept"].to(torch.int), MicroBatchLoss(local_sum.detach(), token_stats)
 
 
 def _run(
@@ -151,8 +177,8 @@ def _run(
     )
 
 
-def _refuse_non_finite(is_finite: bool, what: str, control: dist.ProcessGroup) -> None:
-    flag = torch.tensor(int(not is_finite))
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=control)
-    if flag:
-        raise NonFiniteUpdate(f"the {what} of this update is NaN or infinite; the parameters are unchanged")
+def _agreed(is_finite: bool, control: dist.ProcessGroup) -> bool:
+    """Whether it is so on all ranks."""
+    flag = torch.tensor(int(is_finite))
+    dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=control)
+    return bool(flag)

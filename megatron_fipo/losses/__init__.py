@@ -3,7 +3,8 @@
 Every loss of `LOSSES` is called the same way and returns (loss, info):
 
     loss(logprobs, old_logprobs, advantages, loss_mask, settings, *, cu_seqlens=None, group=None, denominator=None,
-         num_sequences=None, max_response_len=None, with_metrics=True, fused=True)
+         num_sequences=None, max_response_len=None, with_metrics=True, fused=True, token_weights=None,
+         reference_logprobs=None, kl_coef=0.0)
 
 * logprobs, old_logprobs, advantages, loss_mask: [B, L], or packed [T] with cu_seqlens int32 [num_seqs + 1]. float64
   log-probs are computed in float64, all others in fp32. Only logprobs gets a gradient, through the ratio alone.
@@ -19,6 +20,12 @@ Every loss of `LOSSES` is called the same way and returns (loss, info):
 * with_metrics: False leaves the metrics out of info, for a caller that makes them of many micro-batches' token_stats.
 * fused: loss and gradient in one pass over the tokens (ops/fipo_terms.py). False: tensor operations and autograd
   (eager.py), the definition; same numbers.
+* token_weights: w >= 0 [shape of logprobs], detached (`correction_weights`). A token's clipped loss L becomes w L,
+  after f, clip and dual clip. All that is counted or decided is as without w: the denominator, f and Future-KL, clips,
+  dropped sequences, and every metric but pg_loss, which is of the loss that is trained on. 0 times NaN stays NaN.
+* reference_logprobs, kl_coef: adds kl_coef times the k3 estimate (kl.py) of every kept response token, summed, averaged
+  and divided as L is. Its gradient goes through logprobs; w does not apply to it. Metric kl_loss, the mean estimate over
+  the response before any drop; pg_loss is without the KL term.
 
 info holds future_kl, influence_weights [shape given] (0 and 1 where the algorithm has none), loss_mask (after the
 drop, in the dtype given), num_kept [] int64 (kept tokens, or sequences in the seq-mean forms), token_stats (for
@@ -36,9 +43,11 @@ from typing import Any
 from torch import Tensor
 
 from megatron_fipo.losses.advantages import group_advantages, overlong_penalty
+from megatron_fipo.losses.correction import correction_metrics, correction_weights
 from megatron_fipo.losses.dapo import dapo_loss
 from megatron_fipo.losses.fipo import fipo_loss
 from megatron_fipo.losses.grpo import grpo_loss
+from megatron_fipo.losses.histograms import update_histograms
 from megatron_fipo.losses.update_metrics import TokenStats, collect_token_stats, update_metrics
 
 LOSSES: dict[str, Callable[..., tuple[Tensor, dict[str, Any]]]] = {
@@ -52,10 +61,13 @@ __all__ = [
     "LOSSES",
     "TokenStats",
     "collect_token_stats",
+    "correction_metrics",
+    "correction_weights",
     "dapo_loss",
     "fipo_loss",
     "group_advantages",
     "grpo_loss",
     "overlong_penalty",
+    "update_histograms",
     "update_metrics",
 ]

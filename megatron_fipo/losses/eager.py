@@ -25,6 +25,9 @@ def eager_terms(batch: PolicyBatch, settings: PPOSettings, *, with_influence: bo
     advantages = torch.where(mask, batch.advantages, 0)
     weights, future_kl = _influence(batch, shift, advantages, settings) if with_influence else (None, None)
     losses = clipped_losses(shift, advantages if weights is None else advantages * weights, settings)
+    values = losses.values
+    if batch.token_weights is not None:
+        values = values * torch.where(mask, batch.token_weights, 0)
     per_token = {
         "shift": shift.detach(),
         "advantages": advantages,
@@ -34,7 +37,7 @@ def eager_terms(batch: PolicyBatch, settings: PPOSettings, *, with_influence: bo
     if weights is not None and future_kl is not None:
         per_token |= {"influence_weights": weights, "future_kl": future_kl}
     return PolicyTerms(
-        weighted_sum=lambda factors: (losses.values * spread_to_tokens(factors.to(shift.dtype), batch.offsets)).sum(),
+        weighted_sum=lambda factors: (values * spread_to_tokens(factors.to(shift.dtype), batch.offsets)).sum(),
         num_tokens=count_per_sequence(mask, batch.offsets),
         num_dual_clipped=count_per_sequence(losses.dual_clipped, batch.offsets),
         influence_weights=weights,

@@ -24,6 +24,7 @@ def fused_policy_terms(batch: PolicyBatch, settings: PPOSettings, *, with_influe
         settings,
         with_influence=with_influence,
         group=batch.group,
+        token_weights=batch.token_weights,
     )
     return PolicyTerms(
         weighted_sum=lambda factors: _WeightedSum.apply(

@@ -29,13 +29,15 @@ class PolicyBatch:
     mask_dtype: torch.dtype  # the dtype given
     cu_seqlens: Tensor | None  # as given
     group: Any | None  # as given
+    token_weights: Tensor | None  # [T] w, dtype of logprobs; None: 1 everywhere
+    reference_logprobs: Tensor | None  # [T], dtype of logprobs; None without a KL term
 
 
 @dataclass(frozen=True, eq=False)
 class PolicyTerms:
     """The loss before the sum over sequences. Counts are this rank's; n is the number of its response tokens."""
 
-    weighted_sum: Callable[[Tensor], Tensor]  # factors [num_seqs] float64 -> sum of factor x L [], with its gradient
+    weighted_sum: Callable[[Tensor], Tensor]  # factors [num_seqs] float64 -> sum of factor x w L [], with its gradient
     num_tokens: Tensor  # [num_seqs] int64, response tokens
     num_dual_clipped: Tensor  # [num_seqs] int64, those with A < 0 and Lc > L3
     influence_weights: Tensor | None  # [T] f; None for an algorithm without it, which reads as 1
@@ -51,11 +53,18 @@ def policy_batch(
     *,
     cu_seqlens: Tensor | None,
     group: Any | None,
+    token_weights: Tensor | None = None,
+    reference_logprobs: Tensor | None = None,
 ) -> PolicyBatch:
     """Check what a loss was given and flatten it. Raises ValueError as `future_kl` does, and when shapes differ."""
     offsets = sequence_offsets(logprobs, cu_seqlens, 1 if group is None else group.size())
-    for name, tensor in (("old_logprobs", old_logprobs), ("advantages", advantages)):
-        if tensor.shape != logprobs.shape:
+    for name, tensor in (
+        ("old_logprobs", old_logprobs),
+        ("advantages", advantages),
+        ("token_weights", token_weights),
+        ("reference_logprobs", reference_logprobs),
+    ):
+        if tensor is not None and tensor.shape != logprobs.shape:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}, but must have the log-probs' {tuple(logprobs.shape)}"
             )
@@ -70,4 +79,6 @@ def policy_batch(
         loss_mask.dtype,
         cu_seqlens,
         group,
+        None if token_weights is None else token_weights.detach().to(dtype).reshape(-1),
+        None if reference_logprobs is None else reference_logprobs.detach().to(dtype).reshape(-1),
     )

@@ -17,8 +17,9 @@ from megatron_fipo.config import FIPOSettings, PPOSettings
 
 TokenStats = dict[str, Tensor]
 """n response tokens (the mask before any drop), detached: shift [n] d, advantages [n], clipped [n] bool L2 > L1,
-dual_clipped [n] bool; with FIPO also influence_weights [n] f and future_kl [n] F. And per micro-batch: loss_sum
-[1] float64 and num_kept [1] int64, the local sum of the loss and what it is divided by."""
+dual_clipped [n] bool; with FIPO also influence_weights [n] f and future_kl [n] F; with reference log-probs also kl [n].
+And per micro-batch: loss_sum [1] float64 and num_kept [1] int64, the local sum of the policy loss (token weights in it,
+the KL term not) and what it is divided by."""
 
 PER_CALL_STATS = ("loss_sum", "num_kept")
 MEAN_EPSILON = 1e-8  # the authors' masked mean is sum / (n + 1e-8)
@@ -70,7 +71,8 @@ def update_metrics(token_stats: TokenStats, settings: PPOSettings) -> dict[str, 
 
     Definitions as in the authors' code: over the response before the drop, masked mean = sum / (n + 1e-8), linear
     quantiles, 0 where there is no token to speak of. exp(F) saturates at the fp32 maximum. pg_loss is the mini-batch's
-    loss: the sum of its local sums over its count. FIPO's own metrics appear when token_stats has its tensors.
+    policy loss: the sum of its local sums over its count. FIPO's own metrics and kl_loss appear when token_stats has
+    their tensors.
     """
     shift, advantages = token_stats["shift"].double(), token_stats["advantages"].double()
     loss_sum, num_kept = token_stats["loss_sum"].sum(), token_stats["num_kept"].sum()
@@ -86,6 +88,8 @@ def update_metrics(token_stats: TokenStats, settings: PPOSettings) -> dict[str, 
         metrics |= _influence_metrics(
             token_stats["influence_weights"].double(), token_stats["future_kl"].double(), settings
         )
+    if "kl" in token_stats:
+        metrics["kl_loss"] = _mean(token_stats["kl"])
     # one transfer for all of them
     values = torch.stack([value.double() for value in metrics.values()]).tolist()
     return dict(zip(metrics, values))

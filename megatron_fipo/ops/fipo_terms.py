@@ -24,7 +24,7 @@ from megatron_fipo.ops.future_kl_sharded import piece_carries, piece_offsets
 class FusedTerms:
     """The loss before any sum over sequences. n counts the response tokens; per-sequence numbers are this rank's."""
 
-    loss_sums: Tensor  # [num_seqs] float64, sum of L over the sequence's response
+    loss_sums: Tensor  # [num_seqs] float64, sum of w L over the sequence's response
     num_tokens: Tensor  # [num_seqs] int64
     num_dual_clipped: Tensor  # [num_seqs] int64
     gradient: Tensor  # [T], dtype of the log-probs: d loss_sums / d logprobs
@@ -43,6 +43,7 @@ def fused_terms(
     *,
     with_influence: bool,
     group: Any | None = None,
+    token_weights: Tensor | None = None,
 ) -> FusedTerms:
     """Loss, gradient and statistics of every sequence, as `settings` (FIPOSettings when with_influence) say.
 
@@ -50,6 +51,7 @@ def fused_terms(
         read. offsets: [num_seqs + 1] int64, where the sequences lie in them.
     group: context-parallel group; with several ranks the tensors are this rank's zigzag share, and F is exact over the
         whole sequences (one exchange of a number per sequence and piece).
+    token_weights: [T] w in the log-probs' dtype, which multiplies L and nothing else; None: 1.
     A NaN or infinite log-prob in the mask makes the loss of its sequence NaN, and its own gradient; through F also the
     gradients before it. Raises ValueError on devices other than cpu and cuda.
     """
@@ -58,7 +60,19 @@ def fused_terms(
     assert isinstance(settings, FIPOSettings) or not with_influence, f"influence weights, but settings are {settings}"
     make_terms = compiled_terms if logprobs.device.type == "cpu" else triton_terms
     new, old, weights, flags = (x.detach().contiguous() for x in (logprobs, old_logprobs, advantages, mask))
-    return make_terms(new, old, weights, flags, offsets, settings, with_influence=with_influence, group=group)
+    if token_weights is not None:
+        token_weights = token_weights.contiguous()
+    return make_terms(
+        new,
+        old,
+        weights,
+        flags,
+        offsets,
+        settings,
+        with_influence=with_influence,
+        group=group,
+        token_weights=token_weights,
+    )
 
 
 def scale_sequences(gradient: Tensor, factors: Tensor, offsets: Tensor) -> Tensor:
@@ -82,6 +96,7 @@ def compiled_terms(
     *,
     with_influence: bool,
     group: Any | None = None,
+    token_weights: Tensor | None = None,
 ) -> FusedTerms:
     """`fused_terms` of contiguous CPU tensors without gradient, by loops that numba compiles on first use (2 s)."""
     from megatron_fipo.ops.fipo_terms_cpu import TermArrays, TokenArrays, fill_terms, fill_totals
@@ -115,7 +130,10 @@ def compiled_terms(
         "num_dual_clipped": torch.empty_like(carries, dtype=torch.int64),
     }
     term_arrays = TermArrays(**{name: tensor.numpy() for name, tensor in out.items()})
-    fill_terms(arrays, segments.numpy(), carries.numpy(), gamma, with_influence, limits, term_arrays)
+    token_weight_array = None if token_weights is None else token_weights.numpy()
+    fill_terms(
+        arrays, token_weight_array, segments.numpy(), carries.numpy(), gamma, with_influence, limits, term_arrays
+    )
     pieces_per_sequence = 1 if segments is offsets else 2
     names = ["shift", "advantages", "clipped", "dual_clipped"]
     names += ["influence_weights", "future_kl"] if with_influence else []
@@ -141,6 +159,7 @@ def triton_terms(
     *,
     with_influence: bool,
     group: Any | None = None,
+    token_weights: Tensor | None = None,
 ) -> FusedTerms:
     """`fused_terms` of contiguous CUDA tensors without gradient, by Triton: shifts, scan, clipped losses.
 
@@ -170,6 +189,7 @@ def triton_terms(
         advantages,
         mask,
         weights,
+        token_weights,
         offsets,
         clip_low=settings.clip_low,
         clip_high=settings.clip_high,

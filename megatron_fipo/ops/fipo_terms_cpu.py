@@ -4,6 +4,7 @@ Blocks of tokens go from the end of a sequence to its start; what the steps of a
 Every step is a plain loop over few arrays, which is what LLVM turns into vector instructions; the scan alone goes
 token by token. Elements are computed in the tokens' dtype, as the eager form does, sums and the scan in float64.
 No fastmath flag here drops a NaN: `contract` allows fused multiply-add, `reassoc` a sum in any order.
+Without token weights (None, a type of its own to numba) the loops are compiled as if there were no such thing.
 """
 
 from __future__ import annotations
@@ -70,11 +71,19 @@ class TermArrays(NamedTuple):
 
 @njit(nogil=True, no_cfunc_wrapper=True)
 def fill_terms(
-    tokens: TokenArrays, offsets: Any, carries: Any, gamma: float, with_influence: bool, limits: Limits, out: TermArrays
+    tokens: TokenArrays,
+    token_weights: Any,
+    offsets: Any,
+    carries: Any,
+    gamma: float,
+    with_influence: bool,
+    limits: Limits,
+    out: TermArrays,
 ) -> None:
     """Everything in one pass over the segments of offsets [num_segments + 1] int64.
 
-    carries: [num_segments] float64, F at the first token behind each segment.
+    token_weights: [T] w in the tokens' dtype, or None. carries: [num_segments] float64, F at the first token behind
+    each segment.
     """
     dtype = tokens.logprobs.dtype
     shifts, ratios = np.empty(BLOCK_LEN, dtype), np.empty(BLOCK_LEN, dtype)
@@ -102,7 +111,16 @@ def fill_terms(
                 _clamped_exp(future_kl, limits.log_influence_low, limits.log_influence_high, weights)
                 _bound_weights(advantages, mask, ratio, limits, weights)
             block_sum, block_dual_clipped = _clip(
-                advantages, mask, ratio, weights, outside, limits, out.gradient[start:end], clipped, dual_clipped
+                advantages,
+                mask,
+                ratio,
+                weights,
+                _part(token_weights, start, end),
+                outside,
+                limits,
+                out.gradient[start:end],
+                clipped,
+                dual_clipped,
             )
             block_tokens = _count(mask)
             row -= block_tokens
@@ -197,13 +215,15 @@ def _clip(
     mask: Any,
     ratios: Any,
     weights: Any,
+    token_weights: Any,
     outside: Any,
     limits: Limits,
     gradient: Any,
     clipped: Any,
     dual_clipped: Any,
 ) -> Any:
-    """The clipped loss and its derivative by the log-prob; returns (sum of losses, dual-clipped tokens)."""
+    """The clipped loss and its derivative by the log-prob, both times the token's weight; returns (sum of losses,
+    dual-clipped tokens)."""
     loss_sum, num_dual_clipped = 0.0, 0
     for j in range(gradient.shape[0]):
         ratio = ratios[j]
@@ -215,14 +235,26 @@ def _clip(
         is_clipped = bounded > plain
         worse = bounded if is_clipped else plain
         is_dual_clipped = (weighted < limits.zero) & (worse > bound)
-        loss_sum += np.float64(bound if is_dual_clipped else worse)
-        num_dual_clipped += is_dual_clipped
+        loss = bound if is_dual_clipped else worse
         # 0 times a NaN shows, as it does in autograd
         slope = limits.zero * plain if outside[j] else plain
+        if token_weights is not None:
+            token_weight = token_weights[j] if mask[j] else limits.zero
+            loss *= token_weight
+            slope *= token_weight
+        loss_sum += np.float64(loss)
+        num_dual_clipped += is_dual_clipped
         gradient[j] = limits.zero if is_clipped | is_dual_clipped else slope
         clipped[j] = is_clipped
         dual_clipped[j] = is_dual_clipped
     return loss_sum, num_dual_clipped
+
+
+@njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+def _part(values: Any, start: int, end: int) -> Any:
+    if values is None:
+        return None
+    return values[start:end]
 
 
 @njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)

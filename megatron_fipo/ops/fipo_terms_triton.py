@@ -67,6 +67,7 @@ def clip_sequences(
     advantages: Tensor,
     mask: Tensor,
     weights: Tensor | None,
+    token_weights: Tensor | None,
     offsets: Tensor,
     *,
     clip_low: float,
@@ -76,8 +77,9 @@ def clip_sequences(
 ) -> ClippedTerms:
     """The clipped loss summed over each sequence, and its gradient by the log-probs.
 
-    shift, outside: of `masked_shifts`. advantages, weights: [T] in shift's dtype; None: all weights are 1. offsets:
-    [num_seqs + 1] int64. Sums are made in a fixed order, so a run repeats bit for bit.
+    shift, outside: of `masked_shifts`. advantages, weights (f, inside the clip), token_weights (w, outside of it): [T]
+    in shift's dtype; None: all are 1. offsets: [num_seqs + 1] int64. Sums are made in a fixed order, so a run repeats
+    bit for bit.
     """
     num_tokens, num_seqs = shift.numel(), offsets.numel() - 1
     # a program per tile of a sequence: at most this many, and which one is whose is looked up on the device
@@ -98,6 +100,7 @@ def clip_sequences(
             advantages.contiguous(),
             mask.contiguous().view(torch.uint8),
             shift if weights is None else weights.contiguous(),
+            shift if token_weights is None else token_weights.contiguous(),
             offsets,
             first_programs,
             gradient,
@@ -110,6 +113,7 @@ def clip_sequences(
             RATIO_HIGH=1 + clip_high,
             DUAL_CLIP=math.inf if dual_clip is None else dual_clip,
             HAS_WEIGHTS=weights is not None,
+            HAS_TOKEN_WEIGHTS=token_weights is not None,
             TILE_LEN=tile_len,
             num_warps=NUM_WARPS,
         )
@@ -149,6 +153,7 @@ def _clip_tile(
     advantages_ptr,  # [T] as shift
     mask_ptr,  # [T] uint8
     weights_ptr,  # [T] as shift, read if HAS_WEIGHTS
+    token_weights_ptr,  # [T] as shift, read if HAS_TOKEN_WEIGHTS
     offsets_ptr,  # [num_seqs + 1] int64
     first_programs_ptr,  # [num_seqs + 1] int64, the first program of each sequence
     gradient_ptr,  # [T] as shift
@@ -161,6 +166,7 @@ def _clip_tile(
     RATIO_HIGH: tl.constexpr,
     DUAL_CLIP: tl.constexpr,  # inf: off
     HAS_WEIGHTS: tl.constexpr,
+    HAS_TOKEN_WEIGHTS: tl.constexpr,
     TILE_LEN: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
@@ -186,6 +192,10 @@ def _clip_tile(
     loss = tl.where(is_dual_clipped, bound, loss)
     is_outside = tl.load(outside_ptr + token, mask=is_token, other=0) != 0
     slope = tl.where(is_outside, plain * 0.0, plain)
+    if HAS_TOKEN_WEIGHTS:
+        token_weight = tl.load(token_weights_ptr + token, mask=is_taken, other=0.0)
+        loss *= token_weight
+        slope *= token_weight
     tl.store(gradient_ptr + token, tl.where(is_clipped | is_dual_clipped, 0.0, slope), mask=is_token)
     decision = is_clipped.to(tl.uint8) * CLIPPED + is_dual_clipped.to(tl.uint8) * DUAL_CLIPPED
     tl.store(decisions_ptr + token, decision.to(tl.uint8), mask=is_token)

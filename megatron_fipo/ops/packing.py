@@ -65,6 +65,7 @@ def pack(
     members: Sequence[int],
     *,
     old_logprobs: Sequence[Tensor] | None = None,
+    reference_logprobs: Sequence[Tensor] | None = None,
     share_prompts: bool = False,
     multiple_of: int = 1,
     cp_size: int = 1,
@@ -73,9 +74,9 @@ def pack(
 ) -> PackedBatch:
     """Lay `sequences[i] for i in members` end to end; with `share_prompts`, equal prompts are one stretch of rows.
 
-    `old_logprobs[i]` is [L_i] fp32. A dummy sequence of mask 0 is appended when this rank's rows are not a
-    `multiple_of`, or when there are no members. With `cp_size` > 1 the result is the share of `cp_rank`; prompts are
-    then not shared.
+    `old_logprobs[i]` and `reference_logprobs[i]` are [L_i] fp32. A dummy sequence of mask 0 is appended when this
+    rank's rows are not a `multiple_of`, or when there are no members. With `cp_size` > 1 the result is the share of
+    `cp_rank`; prompts are then not shared.
     """
     assert not (share_prompts and cp_size > 1), "a shared prompt cannot be cut into several sequences' pieces"
     chosen = [sequences[i] for i in members]
@@ -95,6 +96,9 @@ def pack(
             whole[start : start + len(array)] = array
         return torch.from_numpy(whole)[share].to(device=device, dtype=dtype)
 
+    def joined_logprobs(logprobs: Sequence[Tensor] | None) -> Tensor | None:
+        return None if logprobs is None else joined([logprobs[i].cpu().numpy() for i in members], torch.float32)
+
     if cp_size > 1:  # rows are tokens: the share of the one is the share of the other
         positions, rows = positions[share.numpy()], np.arange(len(share))
         token_ids, sources = joined([s.token_ids for s in chosen], torch.int64), rows
@@ -110,10 +114,8 @@ def pack(
         loss_mask=joined([s.loss_mask for s in chosen], torch.bool),
         advantages=joined([s.advantages for s in chosen], torch.float32),
         rollout_logprobs=joined([s.rollout_logprobs for s in chosen], torch.float32),
-        old_logprobs=None
-        if old_logprobs is None
-        else joined([old_logprobs[i].cpu().numpy() for i in members], torch.float32),
-        reference_logprobs=None,
+        old_logprobs=joined_logprobs(old_logprobs),
+        reference_logprobs=joined_logprobs(reference_logprobs),
         members=tuple(members),
     )
 

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from tiny_models import make_sequences
+from tiny_models import make_sequences, with_rollout_logprobs
 
 from megatron_fipo.actor import pipeline
 from megatron_fipo.actor.actor import Actor, build_actor
 from megatron_fipo.actor.setup import Groups, initialize_model_parallel
 from megatron_fipo.actor.weights import export_weights
-from megatron_fipo.config import LOSS_SETTINGS, FIPOSettings, PPOSettings
+from megatron_fipo.config import LOSS_SETTINGS, CorrectionSettings, FIPOSettings, PPOSettings
 from megatron_fipo.parallel import ParallelLayout
 from megatron_fipo.patches.megatron_cpu import apply_patches
 from megatron_fipo.trainer.exchange import scatter_shares
@@ -39,6 +39,7 @@ def make_actor(
     bf16: bool = False,
     distributed_optimizer: bool = True,
     transformer: dict[str, Any] | None = None,
+    keep_reference: bool = False,
 ) -> Actor:
     """An actor with the checkpoint's weights."""
     return build_actor(
@@ -55,6 +56,7 @@ def make_actor(
         lr_warmup_iters=0,
         max_tokens_per_micro_batch=budget,
         max_response_len=32,
+        keep_reference=keep_reference,
     )
 
 
@@ -70,13 +72,13 @@ def run_layouts(
     old_logprobs: list[torch.Tensor],
     num_sequences: int,
     layouts: dict[str, dict[str, Any]],
-    cases: list[dict[str, Any]],
+    cases: dict[str, list[dict[str, Any]]],
 ) -> dict[str, list[dict[str, Any]]]:
-    """`run_cases` in one layout of these ranks after the other: starting processes takes longer than the cases."""
+    """`run_cases`, each layout's, in one layout of these ranks after the other: starting processes takes longer."""
     found = {}
     for name, layout in layouts.items():
         print("layout", name, flush=True)
-        found[name] = run_cases(model_dir, old_logprobs, num_sequences, layout, cases)
+        found[name] = run_cases(model_dir, old_logprobs, num_sequences, layout, cases[name])
         parallel_state.destroy_model_parallel()
     return found
 
@@ -103,11 +105,16 @@ def run_updates(
     algorithm: str = "fipo",
     semantics: str = "paper",
     reverse: bool = False,
+    corrections: dict[str, Any] | None = None,
     **actor_options: Any,
 ) -> dict[str, Any]:
-    """The gradients of the first mini-batch, then two optimizer steps; on rank 0 gradients, metrics, parameters."""
-    actor = make_actor(model_dir, layout, groups, **actor_options)
-    sequences = make_sequences(num_sequences)
+    """The gradients of the first mini-batch, then two optimizer steps; on rank 0 gradients, metrics, parameters.
+
+    `corrections` are the fields of CorrectionSettings.
+    """
+    correction = CorrectionSettings(**corrections or {})
+    actor = make_actor(model_dir, layout, groups, keep_reference=correction.kl_coef > 0, **actor_options)
+    sequences = with_rollout_logprobs(make_sequences(num_sequences), old_logprobs)
     position = {sequence.uid: i for i, sequence in enumerate(sequences)}
     if reverse:
         half = num_sequences // 2
@@ -118,22 +125,30 @@ def run_updates(
     def old_of(mini_batch: list[Any]) -> list[torch.Tensor]:
         return [old_logprobs[position[sequence.uid]] for sequence in mini_batch]
 
+    def reference_of(mini_batch: list[Any]) -> list[torch.Tensor]:
+        return actor.reference_logprobs([mini_batch]) if correction.kl_coef else []
+
     result: dict[str, Any] = {}
     if not actor.chunks[0].ddp_config.use_distributed_optimizer:  # whose ranks hold whole gradients
         for chunk in actor.chunks:
             chunk.zero_grad_buffer()
-        batches = actor._packed(mine[0], old_of(mine[0]) if layout.is_last_stage else None)
-        pipeline.accumulate_gradients(
-            actor.chunks,
-            batches,
-            algorithm=algorithm,
-            settings=settings,
-            max_response_len=actor.max_response_len,
-            cp_group=groups.cp,
-        )
+        reference = reference_of(mine[0]) or None
+        batches = actor._packed(mine[0], old_of(mine[0]) if layout.is_last_stage else None, reference)
+        objective = pipeline.Objective(algorithm, settings, correction, actor.max_response_len)
+        pipeline.accumulate_gradients(actor.chunks, batches, objective, cp_group=groups.cp)
         gradients = export_weights(actor.chunks, actor.arch, layout, groups, actor.table, read=lambda p: p.main_grad)
         result["gradients"] = {name: gradient.clone() for name, gradient in gradients}
-    metrics = [actor.update(m, old_of(m), algorithm=algorithm, settings=settings) for m in mine]
+    metrics = [
+        actor.update(
+            m,
+            old_of(m),
+            algorithm=algorithm,
+            settings=settings,
+            correction=correction,
+            reference_logprobs=reference_of(m),
+        )
+        for m in mine
+    ]
     result["parameters"] = {name: value.clone() for name, value in actor.export_weights()}
     if layout.rank == 0:
         result["metrics"] = metrics

@@ -9,9 +9,10 @@ import pytest
 import torch
 from actor_on_ranks import OPTIMIZER, run_layouts, settings_for
 from processes import run_ranks
-from tiny_models import hf_logprobs, make_old_logprobs, make_sequences, save_model
+from tiny_models import hf_logprobs, make_old_logprobs, make_sequences, save_model, with_rollout_logprobs
 
-from megatron_fipo.losses import LOSSES
+from megatron_fipo.config import CorrectionSettings
+from megatron_fipo.losses import LOSSES, correction_metrics, correction_weights
 from megatron_fipo.ops.packing import pack
 
 NUM_SEQUENCES = 16
@@ -45,6 +46,16 @@ CASES: list[dict[str, Any]] = [
     {"algorithm": "dapo", "budget": 40},
     {"algorithm": "grpo", "budget": 40, "distributed_optimizer": False},
 ]
+# token weights that meet both bounds and a KL term, in layouts that cut the model and the sequences
+CORRECTIONS: dict[str, dict[str, Any]] = {
+    "tis": {"use_tis": True, "tis_clip": 1.2, "tis_clip_low": 0.8, "kl_coef": 0.3},
+    "icepop": {"use_icepop": True, "icepop_low": 0.8, "icepop_high": 1.3, "kl_coef": 0.3},
+}
+CORRECTED_LAYOUTS = ("one process", "pp2 cp2", "tp2 sp dp2")
+CORRECTED_CASES: list[dict[str, Any]] = [
+    {"semantics": "released", "budget": 47, "corrections": CORRECTIONS["tis"], "distributed_optimizer": False},
+    {"algorithm": "grpo", "budget": 40, "corrections": CORRECTIONS["icepop"]},
+]
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +65,18 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def reference(directory: Path, algorithm: str, semantics: str) -> dict[str, Any]:
+def reference(
+    directory: Path, algorithm: str, semantics: str, corrections: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The same two updates in plain transformers and torch, unpacked, on one process."""
+    correction = CorrectionSettings(**corrections or {})
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     sequences = make_sequences(NUM_SEQUENCES)
     old = make_old_logprobs(model, sequences)
+    sequences = with_rollout_logprobs(sequences, old)
+    initial = [hf_logprobs(model, sequence).detach() for sequence in sequences]
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW(
@@ -74,7 +90,8 @@ def reference(directory: Path, algorithm: str, semantics: str) -> dict[str, Any]
     half = NUM_SEQUENCES // 2
     for start in (0, half):
         members = range(start, start + half)
-        batch = pack(sequences, members, old_logprobs=old)
+        batch = pack(sequences, members, old_logprobs=old, reference_logprobs=initial)
+        corrected = correction_weights(batch.old_logprobs, batch.rollout_logprobs, batch.loss_mask, correction)
         logprobs = torch.cat([hf_logprobs(model, sequences[i]) for i in members])
         loss, info = LOSSES[algorithm](
             logprobs,
@@ -84,6 +101,9 @@ def reference(directory: Path, algorithm: str, semantics: str) -> dict[str, Any]
             settings_for(algorithm, semantics),
             cu_seqlens=batch.cu_seqlens,
             max_response_len=32,
+            token_weights=corrected and corrected[0],
+            reference_logprobs=batch.reference_logprobs if correction.kl_coef else None,
+            kl_coef=correction.kl_coef,
         )
         model.zero_grad()
         loss.backward()
@@ -92,7 +112,8 @@ def reference(directory: Path, algorithm: str, semantics: str) -> dict[str, Any]
         torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER["clip_grad"])
         optimizer.step()
         result["metrics"].append(
-            {"pg_loss": float(loss.detach()), "num_kept": float(info["num_kept"])}
+            {"num_kept": float(info["num_kept"])}
+            | (correction_metrics(corrected[1], correction) if corrected else {"pg_loss": float(loss.detach())})
             | {name: float(value) for name, value in info.items() if isinstance(value, (int, float))}
         )
     result["changes"] = {name: p.detach() - before[name] for name, p in model.named_parameters()}
@@ -120,14 +141,23 @@ def references(model_dir: Path) -> dict[tuple[str, str], dict[str, Any]]:
     return {key: reference(model_dir, *key) for key in keys}
 
 
+@pytest.fixture(scope="module")
+def corrected_references(model_dir: Path) -> list[dict[str, Any]]:
+    return [
+        reference(model_dir, case.get("algorithm", "fipo"), case.get("semantics", "paper"), case["corrections"])
+        for case in CORRECTED_CASES
+    ]
+
+
 def updates_of(
     layouts: dict[str, tuple[int, dict[str, Any]]],
     cases: list[dict[str, Any]],
     model_dir: Path,
     old_logprobs: list[torch.Tensor],
     directory: Path,
+    more_cases: dict[str, list[dict[str, Any]]] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """What the cases left on rank 0, by layout. Layouts of one number of ranks share their processes."""
+    """What the cases, and a layout's own ones, left on rank 0. Layouts of one number of ranks share their processes."""
     found: dict[str, list[dict[str, Any]]] = {}
     for num_ranks in sorted({num for num, _ in layouts.values()}):
         kwargs = {
@@ -135,7 +165,7 @@ def updates_of(
             "old_logprobs": old_logprobs,
             "num_sequences": NUM_SEQUENCES,
             "layouts": {name: options for name, (num, options) in layouts.items() if num == num_ranks},
-            "cases": cases,
+            "cases": {name: cases + (more_cases or {}).get(name, []) for name in layouts},
         }
         found |= run_ranks(directory, num_ranks, run_layouts, kwargs, timeout_s=600)[0]
     return found
@@ -146,17 +176,36 @@ def updates(
     model_dir: Path, references: dict[tuple[str, str], dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, list[dict[str, Any]]]:
     old_logprobs = references["fipo", "paper"]["old"]
-    return updates_of(LAYOUTS, CASES, model_dir, old_logprobs, tmp_path_factory.mktemp("ranks"))
+    more_cases = dict.fromkeys(CORRECTED_LAYOUTS, CORRECTED_CASES)
+    return updates_of(LAYOUTS, CASES, model_dir, old_logprobs, tmp_path_factory.mktemp("ranks"), more_cases)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_update_is_the_same_in_every_layout(
     layout: str, updates: dict[str, list[dict[str, Any]]], references: dict[tuple[str, str], dict[str, Any]]
 ) -> None:
-    for case, found in zip(CASES, updates[layout], strict=True):
+    for case, found in zip(CASES, updates[layout]):
         wanted = references[case.get("algorithm", "fipo"), case.get("semantics", "paper")]
         assert_same_update(found, wanted)
         assert ("gradients" in found) == (case.get("distributed_optimizer") is False)
+
+
+@pytest.mark.parametrize("layout", CORRECTED_LAYOUTS)
+def test_so_is_one_with_token_weights_and_a_kl_term(
+    layout: str, updates: dict[str, list[dict[str, Any]]], corrected_references: list[dict[str, Any]]
+) -> None:
+    found = updates[layout][len(CASES) :]
+    assert len(found) == len(CORRECTED_CASES)
+    for update, wanted in zip(found, corrected_references):
+        assert_same_update(update, wanted)
+    tis, icepop = (update["metrics"] for update in found)
+    assert tis[0]["tis/min"] == pytest.approx(0.8)
+    assert tis[0]["tis/max"] == pytest.approx(1.2)
+    assert 0.05 < tis[0]["tis/clip_low_frac"] < 0.5 > tis[0]["tis/clip_high_frac"] > 0.05
+    assert 0.05 < icepop[0]["icepop/masked_frac"] < 0.8
+    # the second mini-batch is scored after an update, by the weights of before it
+    assert min(tis[0]["kl_loss"], icepop[0]["kl_loss"]) == pytest.approx(0.0, abs=1e-8)
+    assert min(tis[1]["kl_loss"], icepop[1]["kl_loss"]) > 1e-5
 
 
 def test_the_cases_exercise_what_they_claim(references: dict[tuple[str, str], dict[str, Any]]) -> None:

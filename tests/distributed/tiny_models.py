@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,18 @@ def make_old_logprobs(model: Any, sequences: list[TrainSequence], *, seed: int =
             shift[-8:] += 3.0  # ratios near e^3 > 10
         shifted.append(logprobs - shift)
     return shifted
+
+
+def with_rollout_logprobs(
+    sequences: list[TrainSequence], old_logprobs: list[torch.Tensor], *, seed: int = 0
+) -> list[TrainSequence]:
+    """An engine that is 0.3 off the trainer: enough that every bound of a correction is met."""
+    rng = np.random.default_rng(seed)
+    changed = []
+    for sequence, old in zip(sequences, old_logprobs, strict=True):
+        noisy = old.numpy() + 0.3 * rng.standard_normal(len(old)).astype(np.float32)
+        changed.append(replace(sequence, rollout_logprobs=np.where(sequence.loss_mask, noisy, np.float32(0))))
+    return changed
 
 
 def hf_logits(model: Any, sequence: TrainSequence) -> torch.Tensor:

@@ -31,8 +31,13 @@ def main() -> None:
     for dtype in ("fp32", "fp64"):
         tile = {"TILE_LEN": kernels.TILE_LEN}
         num_compiled += compile_kernel(kernels._shift_tile, dtype, {"BOUND": 20.0, **tile})
-        for dual_clip, has_weights in ((10.0, True), (math.inf, False)):
+        for dual_clip, has_weights, has_token_weights in (
+            (10.0, True, False),
+            (math.inf, False, False),
+            (10.0, True, True),
+        ):
             bounds = {"RATIO_LOW": 0.8, "RATIO_HIGH": 1.28, "DUAL_CLIP": dual_clip, "HAS_WEIGHTS": has_weights}
+            bounds["HAS_TOKEN_WEIGHTS"] = has_token_weights
             num_compiled += compile_kernel(kernels._clip_tile, dtype, {**bounds, **tile})
     print(f"{num_compiled} compiled")
 

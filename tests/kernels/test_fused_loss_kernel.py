@@ -50,12 +50,32 @@ def make_inputs(lengths: list[int], dtype: torch.dtype, spread: float = 1.0) -> 
     return (*tensors, mask), torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)  # type: ignore[return-value]
 
 
-def assert_terms_agree(inputs: Inputs, cu_seqlens: Tensor, settings: PPOSettings, device: torch.device) -> FusedTerms:
+def make_weights(inputs: Inputs) -> Tensor:
+    """Token weights [T], some of them 0, NaN off the mask."""
+    weights = 2 * torch.rand(inputs[0].shape, generator=torch.Generator().manual_seed(1), dtype=inputs[0].dtype)
+    weights[weights < 0.5] = 0.0
+    return torch.where(inputs[3], weights, torch.nan)
+
+
+def assert_terms_agree(
+    inputs: Inputs,
+    cu_seqlens: Tensor,
+    settings: PPOSettings,
+    device: torch.device,
+    token_weights: Tensor | None = None,
+) -> FusedTerms:
     with_influence = isinstance(settings, FIPOSettings)
-    batch = policy_batch(inputs[0].clone().requires_grad_(), *inputs[1:], cu_seqlens=cu_seqlens, group=None)
+    batch = policy_batch(
+        inputs[0].clone().requires_grad_(),
+        *inputs[1:],
+        cu_seqlens=cu_seqlens,
+        group=None,
+        token_weights=token_weights,
+    )
     wanted = eager_terms(batch, settings, with_influence=with_influence)
     arguments = [tensor.to(device) for tensor in (*inputs, batch.offsets)]
-    found = triton_terms(*arguments, settings, with_influence=with_influence)
+    on_device = None if token_weights is None else token_weights.to(device)
+    found = triton_terms(*arguments, settings, with_influence=with_influence, token_weights=on_device)
     tolerance = TOLERANCE[inputs[0].dtype]
 
     def assert_near(found: Tensor | None, wanted: Tensor | None) -> None:
@@ -89,6 +109,10 @@ def test_kernels_agree_with_autograd(dtype: torch.dtype, name: str, lengths: lis
     found = assert_terms_agree(inputs, cu_seqlens, SETTINGS[name], device)
     if len(lengths) > 2:
         assert int(found.num_dual_clipped.sum()) == 0 if name == "no dual clip" else int(found.num_dual_clipped[5]) > 1
+    weighted = assert_terms_agree(inputs, cu_seqlens, SETTINGS[name], device, make_weights(inputs))
+    assert torch.equal(found.num_dual_clipped, weighted.num_dual_clipped)
+    if len(lengths) > 2:
+        assert not torch.equal(found.loss_sums, weighted.loss_sums)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 20.5, -20.5])
@@ -97,6 +121,9 @@ def test_what_is_not_finite_shows_and_the_clamp_has_no_gradient(value: float, de
     mask[100], old[100], new[100], advantages[100] = True, 0.0, value, -1.0
     for settings in SETTINGS.values():
         found = assert_terms_agree((new, old, advantages, mask), cu_seqlens, settings, device)
+        assert found.loss_sums.isnan().tolist() == [False, abs(value) != 20.5, False]
+        weights = torch.zeros_like(new)
+        found = assert_terms_agree((new, old, advantages, mask), cu_seqlens, settings, device, weights)
         assert found.loss_sums.isnan().tolist() == [False, abs(value) != 20.5, False]
 
 
@@ -108,4 +135,4 @@ def test_kernels_compile_for_a_gpu_without_one(tmp_path: Path) -> None:
         [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False, timeout=120
     )
     assert found.returncode == 0, found.stderr[-3000:]
-    assert found.stdout.splitlines()[-1] == "7 compiled"
+    assert found.stdout.splitlines()[-1] == "9 compiled"

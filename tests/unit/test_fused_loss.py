@@ -113,6 +113,53 @@ def test_forms_agree_on_what_is_not_finite_and_on_the_clamp(semantics: Any) -> N
             assert_forms_agree("dapo", (new, old, advantages, mask), PPOSettings(dual_clip=None))
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("length", [1, 63, 64, 1000, 1025])
+@pytest.mark.parametrize("semantics", ["paper", "released"])
+def test_forms_agree_with_token_weights_and_a_kl_term(dtype: torch.dtype, length: int, semantics: Any) -> None:
+    inputs = make_inputs(4 * length, spread=1.0, dtype=dtype)
+    inputs[3][length : 2 * length] = False  # an empty response
+    inputs[3][3 * length :] = True
+    generator = torch.Generator().manual_seed(1)
+    weights = 2 * torch.rand(4 * length, generator=generator).to(dtype)
+    weights[weights < 0.5] = 0.0
+    weights[~inputs[3]] = torch.nan
+    reference = inputs[0] + torch.randn(4 * length, generator=generator).to(dtype)
+    reference[~inputs[3]] = torch.inf
+    options = {
+        "cu_seqlens": torch.arange(5, dtype=torch.int32) * length,
+        "token_weights": weights,
+        "reference_logprobs": reference,
+        "kl_coef": 0.05,
+    }
+    assert_forms_agree("fipo", inputs, dataclasses.replace(BASE, semantics=semantics), **options)
+    assert_forms_agree("dapo", inputs, PPOSettings(dual_clip=None, loss_agg="seq-mean-token-mean"), **options)
+
+
+@pytest.mark.parametrize("what", ["token_weights", "reference_logprobs"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("fused", [True, False])
+def test_weights_and_references_that_are_not_finite_show(what: str, value: float, fused: bool) -> None:
+    inputs = make_inputs(3, 90, spread=0.1)
+    inputs[3][1, 50] = True
+    given = torch.zeros(3, 90, dtype=torch.float64)
+    given[1, 50] = value
+    options = {what: given, "kl_coef": 0.1 if what == "reference_logprobs" else 0.0}
+    loss, _, _ = score("fipo", inputs, BASE, fused=fused, **options)
+    assert not loss.isfinite()
+    given[1, 50], inputs[3][1, 50] = value, False
+    loss, gradient, _ = score("fipo", inputs, BASE, fused=fused, **options)
+    assert loss.isfinite()
+    assert gradient.isfinite().all()
+
+
+def test_a_weight_of_zero_does_not_hide_a_broken_logprob() -> None:
+    inputs = make_inputs(3, 90, spread=0.1)
+    inputs[3][1, 50], inputs[0][1, 50] = True, torch.nan
+    for fused in (True, False):
+        assert score("dapo", inputs, BASE, fused=fused, token_weights=torch.zeros(3, 90))[0].isnan()
+
+
 def test_backward_scales_by_what_comes_from_above_and_repeats() -> None:
     inputs = make_inputs(3, 50)
     logprobs = inputs[0].clone().requires_grad_()

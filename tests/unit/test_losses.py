@@ -44,7 +44,15 @@ def spiky_batch(seed: int = 0) -> Batch:
     return new, old, advantages, mask
 
 
-def naive_loss(batch: Batch, settings: PPOSettings, *, use_influence: bool = True) -> Tensor:
+def naive_loss(
+    batch: Batch,
+    settings: PPOSettings,
+    *,
+    use_influence: bool = True,
+    token_weights: Tensor | None = None,
+    reference_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+) -> Tensor:
     """The formulas, token by token, with autograd; f is a Python float and so has no gradient."""
     new, old, advantages, mask = batch
     c = math.inf if settings.dual_clip is None else settings.dual_clip
@@ -70,6 +78,11 @@ def naive_loss(batch: Batch, settings: PPOSettings, *, use_influence: bool = Tru
             if advantage < 0 and float(loss.detach()) > -advantage * c:
                 dual_clipped += 1
                 loss = 0 * ratio - advantage * c
+            if token_weights is not None:
+                loss = loss * token_weights[row, t]
+            if reference_logprobs is not None:
+                x = (reference_logprobs[row, t] - new[row, t]).clamp(-20, 20)
+                loss = loss + kl_coef * (x.exp() - x - 1)
             token_losses.append(loss)
         released = use_influence and isinstance(settings, FIPOSettings) and settings.semantics == "released"
         if released and dual_clipped > 1:
@@ -125,6 +138,52 @@ def test_dapo_and_grpo_equal_the_formulas(batch: Batch, dual_clip: float | None,
     for loss, fused in itertools.product((dapo_loss, grpo_loss), (True, False)):
         found = value_and_gradient(lambda b, loss=loss, fused=fused: loss(*b, settings, fused=fused)[0], batch)  # type: ignore[misc]
         assert_same(found, wanted)
+
+
+@pytest.mark.parametrize("batch", [make_batch(), spiky_batch(), make_batch(spread=2.0, seed=3)])
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("loss_agg", LOSS_AGGREGATIONS)
+def test_token_weights_and_the_kl_term_stand_outside_everything_else(batch: Batch, name: str, loss_agg: Any) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weights = 2 * torch.rand(batch[0].shape, generator=generator, dtype=torch.float64)
+    weights[weights < 0.5] = 0.0
+    weights[~batch[3]] = torch.nan
+    reference = batch[0] + torch.randn(batch[0].shape, generator=generator, dtype=torch.float64)
+    settings = dataclasses.replace(BASE, semantics="released", loss_agg=loss_agg)
+    options = {"token_weights": weights, "reference_logprobs": reference, "kl_coef": 0.3}
+    for given in (
+        {"token_weights": weights},
+        {key: options[key] for key in ("reference_logprobs", "kl_coef")},
+        options,
+    ):
+        wanted = value_and_gradient(
+            lambda b, given=given: naive_loss(b, settings, use_influence=name == "fipo", **given), batch
+        )
+        for fused in (True, False):
+            found = value_and_gradient(
+                lambda b, given=given, fused=fused: LOSSES[name](*b, settings, fused=fused, **given)[0], batch
+            )
+            assert_same(found, wanted)
+    plain, info = LOSSES[name](*batch, settings)
+    _, weighted = LOSSES[name](*batch, settings, **options)
+    assert {key for key in weighted if key not in info} == {"kl_loss"}
+    assert {key for key in info if isinstance(info[key], float) and info[key] != weighted[key]} == {"pg_loss"}
+    assert torch.equal(info["loss_mask"], weighted["loss_mask"])
+    assert int(info["num_kept"]) == int(weighted["num_kept"])
+    assert info["pg_loss"] == pytest.approx(float(plain), rel=1e-12)
+
+
+def test_weights_of_one_and_no_kl_coefficient_change_no_bit_of_the_gradient() -> None:
+    batch = make_batch()
+    ones, reference = torch.ones_like(batch[0]), batch[1]
+    for fused in (True, False):
+        plain = value_and_gradient(lambda b, fused=fused: fipo_loss(*b, BASE, fused=fused)[0], batch)
+        for options in ({"token_weights": ones}, {"reference_logprobs": reference}):
+            found = value_and_gradient(
+                lambda b, fused=fused, options=options: fipo_loss(*b, BASE, fused=fused, **options)[0], batch
+            )
+            assert torch.equal(found[1], plain[1])
+            torch.testing.assert_close(found[0], plain[0], rtol=1e-15, atol=0)
 
 
 def test_gradient_equals_finite_differences_with_the_influence_weights_held() -> None:
