@@ -2,36 +2,65 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
 from megatron_fipo.arguments import Settings
-from megatron_fipo.data import make_sources, tokenize_problem
-from megatron_fipo.data.source import ProblemSource
+from megatron_fipo.data import make_sources
+from megatron_fipo.data.prompts import PromptEncoder, PromptFormat, PromptTooLong, fitting_prompt
+from megatron_fipo.data.source import ProblemSource, SeededSource
+from megatron_fipo.data.tokenizer import load_tokenizer
+from megatron_fipo.data_config import OnLongPrompt
 from megatron_fipo.rewards import GraderPool, reward_name
 from megatron_fipo.types import Problem, Prompt
 
-NUM_FIRST_CHECKED = 32
+NUM_FIRST_CHECKED = 32  # of a task, which has no end
+MAX_CHECKED = 50_000  # of a file: about 15 s
 
 
 @dataclass(frozen=True, eq=False)
 class Problems:
-    """What a run trains and is evaluated on. A context manager: leaving it ends the grader's processes."""
+    """What a run trains and is evaluated on. A context manager: leaving it ends the grader's processes.
+
+    `held_out` has the evaluation problems of each data set by its name, none when there is no evaluation. `notes` are
+    lines for the user about what was found in the data.
+    """
 
     source: ProblemSource
-    held_out: list[Problem]
+    held_out: Mapping[str, list[Problem]]
     tokenizer: Any
     graders: GraderPool
-    apply_chat_template: bool
+    encoder: PromptEncoder
     max_prompt_len: int
+    on_long_prompt: OnLongPrompt
+    notes: tuple[str, ...] = ()
+    _counts: dict[str, int] = field(default_factory=lambda: {"num_prompts_skipped": 0, "num_prompts_truncated": 0})
 
-    def prompt(self, problem: Problem) -> Prompt:
-        """The problem as token ids. Raises ValueError when they are too many, or none (see `tokenize_problem`)."""
-        return tokenize_problem(
-            problem, self.tokenizer, apply_chat_template=self.apply_chat_template, max_prompt_len=self.max_prompt_len
-        )
+    def prompt(self, problem: Problem) -> Prompt | None:
+        """The problem as token ids; None when it has more than `max_prompt_len` and such problems are left out.
+
+        Raises ValueError when it cannot be rendered (see `PromptEncoder.encode`), and PromptTooLong when it has too
+        many tokens and may neither be left out nor cut.
+        """
+        ids = self.encoder.encode(problem)
+        if len(ids) > self.max_prompt_len:
+            if self.on_long_prompt == "skip":
+                self._counts["num_prompts_skipped"] += 1
+                return None
+            is_training = id(problem) not in self._held_out_ids
+            self._counts["num_prompts_truncated"] += is_training and self.on_long_prompt == "truncate-left"
+        return fitting_prompt(problem, ids, self.max_prompt_len, truncate=self.on_long_prompt == "truncate-left")
+
+    def prompt_counts(self) -> dict[str, int]:
+        """How often `prompt` left a training problem out, and cut one, since the start."""
+        return dict(self._counts)
+
+    @functools.cached_property
+    def _held_out_ids(self) -> frozenset[int]:
+        return frozenset(id(problem) for problems in self.held_out.values() for problem in problems)
 
     def __enter__(self) -> Problems:
         return self
@@ -45,47 +74,87 @@ class Problems:
 def open_problems(settings: Settings) -> Problems:
     """Read the data, load the tokenizer, start the graders. Rank 0 only.
 
-    The held-out problems and the first NUM_FIRST_CHECKED of training are tokenized, so that a prompt that cannot be
-    used is most often found now. Raises ValueError naming flag or file: unusable data, no tokenizer, no such reward.
+    The held-out problems and those of training (of a file all, up to MAX_CHECKED; of a task the first
+    NUM_FIRST_CHECKED) are tokenized, so that a prompt that cannot be used is found now. Raises ValueError naming flag
+    or file: unusable data, no tokenizer, no such reward, prompts that are too long where that is an error.
     """
     data = settings.data
-    source, held_out = make_sources(data, settings.run.seed)
+    source, held_out, notes = make_sources(data, settings.run.seed)
     reward = reward_name(data)
-    problems = Problems(
+    tokenizer = load_tokenizer(settings.run.hf_checkpoint)
+    encoder = PromptEncoder(tokenizer, PromptFormat(data.apply_chat_template, data.prompt_template, data.system_prompt))
+    length_notes = check_prompts(
+        encoder, source, held_out, settings.rollout.rollout_max_prompt_len, data.on_long_prompt
+    )
+    return Problems(
         source,
         held_out,
-        _load_tokenizer(settings.run.hf_checkpoint),
+        tokenizer,
         GraderPool(reward, timeout_s=data.reward_timeout_s, memory_bytes=data.reward_memory_mb * 2**20),
-        data.apply_chat_template,
+        encoder,
         settings.rollout.rollout_max_prompt_len,
+        data.on_long_prompt,
+        (*notes, *length_notes),
     )
-    try:
-        for problem in [*held_out, *_first(source)]:
-            problems.prompt(problem)
-    except BaseException:
-        problems.graders.close()
-        raise
-    return problems
 
 
-def _first(source: ProblemSource) -> list[Problem]:
-    """The next problems of a source, which stays where it is."""
+def check_prompts(
+    encoder: PromptEncoder,
+    source: ProblemSource,
+    held_out: Mapping[str, Sequence[Problem]],
+    max_prompt_len: int,
+    on_long_prompt: OnLongPrompt,
+) -> tuple[str, ...]:
+    """Tokenize what can be known of a run's prompts; lines for the user about those that are too long.
+
+    Raises ValueError for a prompt that cannot be rendered, and PromptTooLong for long ones under `error`, for a long
+    evaluation prompt under `skip` (a benchmark is used whole), and when no training prompt would be left.
+    """
+    notes: list[str] = []
+    for name, problems in held_out.items():
+        too_long = _too_long(encoder, problems, max_prompt_len)
+        if too_long and on_long_prompt != "truncate-left":
+            raise PromptTooLong(
+                f"evaluation data set {name}: {_described(too_long, len(problems), max_prompt_len)}; evaluation "
+                "problems are never left out: raise it, or cut them with --on-long-prompt truncate-left"
+            )
+        if too_long:
+            notes.append(
+                f"evaluation data set {name}: {_described(too_long, len(problems), max_prompt_len)}: truncated"
+            )
+    training, extent = _checkable(source)
+    too_long = _too_long(encoder, training, max_prompt_len)
+    if too_long:
+        described = f"training{extent}: {_described(too_long, len(training), max_prompt_len)}"
+        if on_long_prompt == "error":
+            raise PromptTooLong(f"{described}; raise it, or choose --on-long-prompt skip or truncate-left")
+        if on_long_prompt == "skip" and len(too_long) == len(training):
+            raise PromptTooLong(f"{described}, so --on-long-prompt skip leaves none to train on")
+        notes.append(f"{described}: {'left out' if on_long_prompt == 'skip' else 'truncated'}")
+    return tuple(notes)
+
+
+def _checkable(source: ProblemSource) -> tuple[Sequence[Problem], str]:
+    """All problems of a file, or the next ones of a source without end, which stays where it is; and a word for it."""
+    if isinstance(source, SeededSource) and source.problems is not None:
+        if len(source.problems) <= MAX_CHECKED:
+            return source.problems, ""
+        return source.problems[:MAX_CHECKED], f", the first {MAX_CHECKED} problems of {len(source.problems)}"
     position = source.state_dict()
     first = [source.next_problem() for _ in range(NUM_FIRST_CHECKED)]
     source.load_state_dict(position)
-    return first
+    return first, f", the first {NUM_FIRST_CHECKED} problems"
 
 
-def _load_tokenizer(directory: str) -> Any:
-    from transformers import AutoTokenizer
+def _too_long(encoder: PromptEncoder, problems: Sequence[Problem], max_prompt_len: int) -> list[tuple[Problem, int]]:
+    """The problems of more tokens than that, with how many they have."""
+    lengths = ((problem, len(encoder.encode(problem))) for problem in problems)
+    return [(problem, length) for problem, length in lengths if length > max_prompt_len]
 
-    if not any((Path(directory) / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise ValueError(
-            f"--hf-checkpoint is {directory!r}, which holds no tokenizer: tokenizer.json, tokenizer.model or "
-            "vocab.json is wanted"
-        )
-    try:
-        return AutoTokenizer.from_pretrained(directory)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"the tokenizer in --hf-checkpoint {directory!r} cannot be loaded: {reason[0]}") from error
+
+def _described(too_long: Sequence[tuple[Problem, int]], num_problems: int, max_prompt_len: int) -> str:
+    problem, length = max(too_long, key=lambda entry: entry[1])
+    return (
+        f"{len(too_long)} of {num_problems} prompts have more tokens than --rollout-max-prompt-len ({max_prompt_len}), "
+        f"the longest {length}: problem {problem.uid}"
+    )

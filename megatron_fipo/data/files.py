@@ -1,18 +1,68 @@
-"""Prompt files: JSONL or parquet, one problem per row, checked row by row with errors that name file and row."""
+"""Prompt files: JSONL, parquet, or a Hugging Face dataset on disk; a problem per row, repeated rows taken once."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from megatron_fipo.data.duplicates import Deduplication, KeptProblem
+from megatron_fipo.data.rows import problem_of_row, shown
 from megatron_fipo.data.source import SeededSource, drawn_uid, stable_hash
+from megatron_fipo.data.tables import Progress, Table, first_rows, open_dataset, open_parquet, rows_at
+from megatron_fipo.data_config import DataSettings
 from megatron_fipo.types import Problem
 
-PARQUET_BATCH_ROWS = 1024
+DEFAULT_DEDUP_KEY = next(str(field.default) for field in fields(DataSettings) if field.name == "dedup_key")
+
+
+@dataclass(frozen=True)
+class FileFormat:
+    """Where a file's rows keep what a problem is made of, as DataSettings names it."""
+
+    input_key: str = "prompt"
+    label_key: str = "label"
+    deduplicate: bool = True
+    dedup_key: str = DEFAULT_DEDUP_KEY
+
+
+@dataclass(frozen=True, eq=False)
+class ProblemFile:
+    """What a file holds. Rows are counted from 1 (lines, in JSONL).
+
+    `contradictions` are the rows of each question that has more than one ground truth; its problems are still among
+    `kept`. `num_same_problem_other_key` counts the values of the key column that ask what another value asks.
+    """
+
+    name: str  # the file's name, as in uids
+    path: str
+    place: str  # "row" or "line"
+    kept: list[KeptProblem]
+    num_rows: int
+    num_same_problem_other_key: int
+    contradictions: list[list[int]]
+    has_key: bool
+
+    @property
+    def problems(self) -> list[Problem]:
+        return [kept.problem for kept in self.kept]
+
+    @property
+    def num_repeated(self) -> int:
+        return self.num_rows - len(self.kept)
+
+    def note(self, key: str) -> str | None:
+        """One line about the rows that were not taken, None when all were."""
+        if not self.num_repeated:
+            return None
+        other = self.num_same_problem_other_key
+        detail = f"; {other} values of {key} ask what another one asks" if other else ""
+        return f"{self.name}: {len(self.kept)} problems of {self.num_rows} rows, {self.num_repeated} repeated{detail}"
 
 
 def file_source(path: str, problems: list[Problem], seed: int, *, shuffle: bool) -> SeededSource:
@@ -34,121 +84,163 @@ def file_source(path: str, problems: list[Problem], seed: int, *, shuffle: bool)
     content = stable_hash(*((problem.uid, problem.prompt, problem.ground_truth) for problem in problems))
     how = f"shuffled by seed {seed}" if shuffle else "in order"
     return SeededSource(
-        f"file {Path(path).name} of {len(problems)} problems (content {content:08x}), {how}", problem_at
+        f"file {Path(path).name} of {len(problems)} problems (content {content:08x}), {how}", problem_at, problems
     )
 
 
-def read_problems(flag: str, path: str, input_key: str, label_key: str) -> list[Problem]:
-    """All problems of a JSONL or parquet file.
+def read_problem_file(
+    flag: str,
+    path: str,
+    file_format: FileFormat = FileFormat(),
+    progress: Progress | None = None,
+) -> ProblemFile:
+    """All problems of a .jsonl or .parquet file, or of a directory that `save_to_disk` of the library datasets wrote
+    (`directory:split` of one with several splits).
 
     The prompt lies at `input_key`: text, or a list of chat messages {"role", "content"}; the ground truth at
     `label_key`: text or a number. Dots descend into objects. A row's other columns reach the reward as the keyword
-    argument `metadata`. The uid is `<file name>:<row>`, rows counted from 1 (lines, in JSONL).
+    argument `metadata`. The uid is `<file name>:<row>`. Repeated rows (data/duplicates.py) are taken once unless
+    `deduplicate` is off; the first stands for all. A file without the column `dedup_key` is compared by question and
+    ground truth.
 
     Raises ValueError, naming the file and the row, for whatever does not fit; `flag` is the option that gave the file.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"{flag} is {path!r}, but no such file exists")
-    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    if file.suffix not in readers:
-        raise ValueError(f"{flag} is {path!r}, but must end in .jsonl or .parquet")
-    problems = [
-        _problem(f"{path}, {place} {number}", f"{file.name}:{number}", row, input_key, label_key)
-        for place, number, row in readers[file.suffix](file)
-    ]
-    if not problems:
+    opened = open_rows(flag, path)
+    rows: _TableRows | _JsonlRows
+    if isinstance(opened, Table):
+        rows = _TableRows(opened, file_format, progress)
+    else:
+        rows = _JsonlRows(opened, file_format, progress)
+    location, split = _location(path)
+    name = location.name if split is None else f"{location.name}:{split}"
+    place = rows.place
+    deduplication = Deduplication(path, place, file_format.dedup_key)
+    kept = deduplication.kept
+    for number, row in rows:
+        problem = problem_of_row(
+            f"{path}, {place} {number}", f"{name}:{number}", row, file_format.input_key, file_format.label_key
+        )
+        if file_format.deduplicate:
+            deduplication.add(number, row, problem)
+        else:
+            kept.append(KeptProblem(problem, number))
+    if not kept:
         raise ValueError(f"{flag} is {path!r}, which holds no problem")
-    return problems
+    return ProblemFile(
+        name,
+        path,
+        place,
+        kept,
+        rows.num_rows,
+        deduplication.same_problem_other_key,
+        deduplication.contradictions(),
+        deduplication.has_key,
+    )
 
 
-def _read_jsonl(file: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
+def open_rows(flag: str, path: str) -> Table | Path:
+    """The table at `path`, or the path of its JSONL file. Raises ValueError naming `flag` for anything else."""
+    location, split = _location(path)
+    if location.is_dir():
+        return open_dataset(location, split)
+    if not location.is_file():
+        raise ValueError(f"{flag} is {path!r}, but no such file exists")
+    if location.suffix == ".parquet":
+        return open_parquet(location)
+    if location.suffix == ".jsonl":
+        return location
+    raise ValueError(
+        f"{flag} is {path!r}, but must end in .jsonl or .parquet, or be a directory written by save_to_disk of the "
+        "library datasets"
+    )
+
+
+def dataset_name(path: str) -> str:
+    """A name for the data set at `path`: the file's without its ending; `directory-split` for a split of one."""
+    location = Path(path)
+    name = location.stem if location.suffix in (".jsonl", ".parquet") else location.name
+    return name.replace(":", "-")
+
+
+def jsonl_rows(file: Path, progress: Progress | None = None) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
+    """`(line number, line, object)` of every line that is not blank; None in place of a line seen before.
+
+    Raises ValueError naming the line that is not an object in UTF-8 JSON.
+    """
+    seen: set[bytes] = set()
+    size, done = file.stat().st_size, 0
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
+            done += len(line)
+            if progress is not None and number % 10_000 == 0:
+                progress(done, size)
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{file}, line {number}: not UTF-8 text ({error.reason})") from error
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{file}, line {number}: not JSON: {error.msg} at column {error.colno}") from error
-            except RecursionError as error:
-                raise ValueError(f"{file}, line {number}: nested too deeply") from error
-            except ValueError as error:  # an integer of more digits than Python converts
-                raise ValueError(f"{file}, line {number}: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{file}, line {number}: found {_shown(row)}, wanted an object {{...}}")
-            yield "line", number, row
+            digest = hashlib.blake2b(line, digest_size=16).digest()
+            yield number, line, None if digest in seen else parsed_line(file, number, line)
+            seen.add(digest)
 
 
-def _read_parquet(file: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
+def parsed_line(file: Path, number: int, line: bytes) -> dict[str, Any]:
+    """The object on a JSONL line. Raises ValueError naming the line when there is none."""
     try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ValueError(f"{file}: reading parquet needs the package pyarrow ({error})") from error
-    number = 0
-    try:
-        for batch in parquet.ParquetFile(file).iter_batches(batch_size=PARQUET_BATCH_ROWS):
-            for row in batch.to_pylist():
-                number += 1
-                yield "row", number, row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{file}: not readable as parquet after {number} rows: {error}") from error
+        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}, line {number}: not UTF-8 text ({error.reason})") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}, line {number}: not JSON: {error.msg} at column {error.colno}") from error
+    except RecursionError as error:
+        raise ValueError(f"{file}, line {number}: nested too deeply") from error
+    except ValueError as error:  # an integer of more digits than Python converts
+        raise ValueError(f"{file}, line {number}: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{file}, line {number}: found {shown(row)}, wanted an object {{...}}")
+    return row
 
 
-def _problem(where: str, uid: str, row: dict[str, Any], input_key: str, label_key: str) -> Problem:
-    prompt = _checked_prompt(where, input_key, _value_at(where, row, "--input-key", input_key))
-    label = _value_at(where, row, "--label-key", label_key)
-    if not isinstance(label, str | int | float) or isinstance(label, bool):
-        raise ValueError(f"{where}: the ground truth {label_key!r} is {_shown(label)}, wanted text or a number")
-    used = {key if key in row else key.split(".")[0] for key in (input_key, label_key)}
-    metadata = {column: value for column, value in row.items() if column not in used}
-    # Dates, decimals and bytes of a parquet file become text: problems travel to the graders as JSON.
-    extra = {"metadata": json.loads(json.dumps(metadata, default=str))} if metadata else {}
-    return Problem(uid, prompt, _encodable(where, label_key, str(label)), extra=extra)
+class _TableRows:
+    """A table's rows that may differ: those that repeat another one's prompt, ground truth and key are left out."""
+
+    place = "row"
+
+    def __init__(self, table: Table, file_format: FileFormat, progress: Progress | None) -> None:
+        self.num_rows = table.num_rows
+        self._table, self._format, self._progress = table, file_format, progress
+
+    def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        numbers: range | list[int] = range(self.num_rows)
+        if self._format.deduplicate:
+            keys = (self._format.dedup_key, self._format.input_key, self._format.label_key)
+            names = self._table.schema.names
+            columns = [key if key in names else key.split(".")[0] for key in keys] + ["data_source"]
+            if all(column in names for column in columns[1:3]):  # else the first row says what is missing
+                numbers = first_rows(self._table, list(dict.fromkeys(columns)), self._progress)
+        for number, row in rows_at(self._table, numbers, self._progress):
+            yield number + 1, row
 
 
-def _value_at(where: str, row: dict[str, Any], flag: str, key: str) -> Any:
-    """The value at `key`: a column of that very name, or else a descent along its dots."""
-    if key in row:
-        return row[key]
-    value: Any = row
-    for part in key.split("."):
-        if not isinstance(value, dict) or part not in value:
-            found = ", ".join(sorted(value)) if isinstance(value, dict) else _shown(value)
-            at = "columns" if value is row else f"what stands there before {part!r}"
-            raise ValueError(f"{where}: {flag} is {key!r}, but there is no such value; found {at}: {found}")
-        value = value[part]
-    return value
+class _JsonlRows:
+    """A JSONL file's objects; lines that are equal byte for byte come once, unless rows are not compared."""
+
+    place = "line"
+
+    def __init__(self, file: Path, file_format: FileFormat, progress: Progress | None) -> None:
+        self.num_rows = 0
+        self._file, self._format, self._progress = file, file_format, progress
+
+    def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        for number, line, row in jsonl_rows(self._file, self._progress):
+            self.num_rows += 1
+            if row is not None:
+                yield number, row
+            elif not self._format.deduplicate:
+                yield number, parsed_line(self._file, number, line)
 
 
-def _checked_prompt(where: str, key: str, value: Any) -> str | tuple[Mapping[str, str], ...]:
-    if isinstance(value, str):
-        if not value.strip():
-            raise ValueError(f"{where}: the prompt {key!r} is empty")
-        return _encodable(where, key, value)
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"{where}: the prompt {key!r} is {_shown(value)}, wanted text or a list of chat messages")
-    for message in value:
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise ValueError(
-                f"{where}: the prompt {key!r} holds the message {_shown(message)}, "
-                'wanted {"role": text, "content": text}'
-            )
-    return tuple({k: _encodable(where, key, message[k]) for k in ("role", "content")} for message in value)
-
-
-def _encodable(where: str, key: str, text: str) -> str:
-    """`text`, unless it holds half a surrogate pair (JSON can spell it, no tokenizer can read it)."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: {key!r} holds a lone surrogate at character {error.start}") from error
-    return text
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _location(path: str) -> tuple[Path, str | None]:
+    """The path, and the split where `path` is `directory:split`."""
+    location = Path(path)
+    directory, colon, split = path.rpartition(":")
+    if colon and not location.exists() and Path(directory).is_dir():
+        return Path(directory), split
+    return location, None

@@ -1,19 +1,19 @@
-"""From a problem to the token ids an engine is given: chat template, response prefix, length check."""
+"""From a problem to the token ids an engine is given: templates, response prefix, length check.
+
+What a problem says is text: a control token spelled in it is not that token (data/literal.py). What the user writes in
+--prompt-template and --system-prompt, like the chat template, may spell control tokens.
+"""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
+from megatron_fipo.data.literal import ControlTokens, Hidden
 from megatron_fipo.types import Problem, Prompt
-
-# Stands for a special token's spelling while the chat template runs; private-use characters that no text has reason to
-# hold and no template trims.
-PLACEHOLDER = "\uf8ff{}\uf8fe"
-PLACEHOLDER_PATTERN = re.compile("\uf8ff([0-9]+)\uf8fe")
 
 
 class Tokenizer(Protocol):
@@ -23,7 +23,7 @@ class Tokenizer(Protocol):
     bos_token: str | None
 
     def encode(self, text: str, **options: Any) -> list[int]:
-        """Token ids; options used: add_special_tokens, split_special_tokens."""
+        """Token ids; option used: add_special_tokens."""
 
     def decode(self, token_ids: Sequence[int], **options: Any) -> str:
         """Text; option used: skip_special_tokens."""
@@ -36,65 +36,121 @@ class Tokenizer(Protocol):
         """Added tokens by id, each with `content` and `special`."""
 
 
+class PromptTooLong(ValueError):
+    """A prompt of more tokens than --rollout-max-prompt-len."""
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """What stands around a problem's text: DataSettings' fields of the same names."""
+
+    apply_chat_template: bool = False
+    prompt_template: str | None = None
+    system_prompt: str | None = None
+
+
+class PromptEncoder:
+    """Makes token ids of problems; keeps what has to be found out about the tokenizer once."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_format: PromptFormat) -> None:
+        self.tokenizer = tokenizer
+        self.format = prompt_format
+        self._control = ControlTokens(tokenizer)
+
+    def encode(self, problem: Problem) -> list[int]:
+        """All token ids of the prompt, then `response_prefix` as the beginning of the assistant's turn.
+
+        Chat messages always go through the tokenizer's chat template, a text only with `apply_chat_template` (as the
+        user's message); `system_prompt` is the message before them. `prompt_template` stands around a text, in either
+        case. To a text without chat template the tokenizer adds its begin-of-sequence token, unless the template
+        around it begins with that.
+
+        Raises ValueError when the tokenizer has no chat template or the template refuses the messages, for an empty
+        prompt, and for a template or system prompt that has no place around this prompt.
+        """
+        if not problem.prompt:
+            raise ValueError(f"problem {problem.uid}: the prompt is empty")
+        hidden = self._control.hidden(_said(problem))
+        if isinstance(problem.prompt, str):
+            text = hidden.hide(problem.prompt)
+            if self.format.prompt_template is not None:
+                text = self.format.prompt_template.replace("{prompt}", text)
+            if self.format.apply_chat_template:
+                ids = self._encode_chat(problem, [{"role": "user", "content": text}], hidden)
+            else:
+                if self.format.system_prompt is not None:
+                    raise ValueError(
+                        f"--system-prompt is {self.format.system_prompt!r}, but problem {problem.uid} is a text that "
+                        "goes through no chat template; add --apply-chat-template, or use --prompt-template"
+                    )
+                begins = bool(self.tokenizer.bos_token) and text.startswith(str(self.tokenizer.bos_token))
+                ids = self._control.encode(text, hidden, add_special_tokens=not begins)
+        else:
+            if self.format.prompt_template is not None:
+                raise ValueError(
+                    f"--prompt-template is {self.format.prompt_template!r}, but the prompt of problem {problem.uid} is "
+                    "a list of chat messages; it stands around texts only"
+                )
+            messages = [
+                {**m, "role": hidden.hide(m["role"]), "content": hidden.hide(m["content"])} for m in problem.prompt
+            ]
+            ids = self._encode_chat(problem, messages, hidden)
+        if problem.response_prefix:
+            prefix = self._control.hidden([problem.response_prefix])
+            ids = ids + self._control.encode(prefix.hide(problem.response_prefix), prefix, add_special_tokens=False)
+        if not ids:
+            raise ValueError(f"problem {problem.uid}: the tokenizer makes no token of its prompt {problem.prompt!r}")
+        return ids
+
+    def _encode_chat(self, problem: Problem, messages: list[dict[str, str]], hidden: Hidden) -> list[int]:
+        if not self.tokenizer.chat_template:
+            raise ValueError(
+                f"problem {problem.uid}: its prompt is for a chat template (messages, or --apply-chat-template), but "
+                "the tokenizer in --hf-checkpoint has none"
+            )
+        if self.format.system_prompt is not None:
+            if messages[0]["role"] == "system":
+                raise ValueError(
+                    f"--system-prompt is {self.format.system_prompt!r}, but problem {problem.uid} begins with a "
+                    "system message of its own"
+                )
+            messages = [{"role": "system", "content": self.format.system_prompt}, *messages]
+        text = _render(problem, self.tokenizer, messages)
+        return self._control.encode(text, hidden, add_special_tokens=False)
+
+
 def tokenize_problem(
-    problem: Problem, tokenizer: Tokenizer, *, apply_chat_template: bool, max_prompt_len: int
+    problem: Problem,
+    tokenizer: Tokenizer,
+    *,
+    apply_chat_template: bool,
+    max_prompt_len: int,
+    prompt_template: str | None = None,
+    system_prompt: str | None = None,
 ) -> Prompt:
-    """The problem as token ids: its prompt, then `response_prefix` as the beginning of the assistant's turn.
+    """One problem as token ids, by `PromptEncoder.encode`.
 
-    Chat messages always go through the tokenizer's chat template, a text only with `apply_chat_template` (as the
-    user's message). What a message says stays text: a special token spelled in it is not that token. A plain text is
-    taken as already rendered, special tokens included; the tokenizer's begin-of-sequence token is added unless the
-    text starts with it.
-
-    Raises ValueError when the tokenizer has no chat template or the template refuses the messages, for an empty
-    prompt, and for one of more than `max_prompt_len` tokens (--rollout-max-prompt-len).
+    Raises ValueError as that does, and PromptTooLong for more than `max_prompt_len` tokens (--rollout-max-prompt-len).
     """
-    if not problem.prompt:
-        raise ValueError(f"problem {problem.uid}: the prompt is empty")
-    if isinstance(problem.prompt, str) and not apply_chat_template:
-        begins_itself = bool(tokenizer.bos_token) and problem.prompt.startswith(str(tokenizer.bos_token))
-        ids = tokenizer.encode(problem.prompt, add_special_tokens=not begins_itself)
-    else:
-        ids = _encode_chat(problem, tokenizer)
-    if problem.response_prefix:
-        ids = ids + tokenizer.encode(problem.response_prefix, add_special_tokens=False)
-    if not ids:
-        raise ValueError(f"problem {problem.uid}: the tokenizer makes no token of its prompt {problem.prompt!r}")
-    if len(ids) > max_prompt_len:
-        raise ValueError(
+    encoder = PromptEncoder(tokenizer, PromptFormat(apply_chat_template, prompt_template, system_prompt))
+    return fitting_prompt(problem, encoder.encode(problem), max_prompt_len)
+
+
+def fitting_prompt(problem: Problem, ids: Sequence[int], max_prompt_len: int, *, truncate: bool = False) -> Prompt:
+    """The prompt, cut down to its last `max_prompt_len` tokens with `truncate`. Raises PromptTooLong without."""
+    if len(ids) > max_prompt_len and not truncate:
+        raise PromptTooLong(
             f"problem {problem.uid}: the prompt has {len(ids)} tokens, but --rollout-max-prompt-len allows "
             f"{max_prompt_len}"
         )
-    return Prompt(problem, np.asarray(ids, dtype=np.int64))
+    return Prompt(problem, np.asarray(ids[-max_prompt_len:], dtype=np.int64))
 
 
-def _encode_chat(problem: Problem, tokenizer: Tokenizer) -> list[int]:
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"problem {problem.uid}: its prompt is for a chat template (messages, or --apply-chat-template), but the "
-            "tokenizer in --hf-checkpoint has none"
-        )
-    prompt = problem.prompt
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-    spellings = _special_spellings(tokenizer)
-    hidden: list[str] = []
-
-    def hide(match: re.Match[str]) -> str:
-        hidden.append(match.group())
-        return PLACEHOLDER.format(len(hidden) - 1)
-
-    if spellings is not None:
-        messages = [{**message, "content": spellings.sub(hide, message["content"])} for message in messages]
-    text = _render(problem, tokenizer, messages)
-    if not hidden:
-        return tokenizer.encode(text, add_special_tokens=False)
-    ids: list[int] = []
-    for i, piece in enumerate(PLACEHOLDER_PATTERN.split(text)):  # text, number, text, number, ..., text
-        if i % 2:
-            ids += tokenizer.encode(hidden[int(piece)], add_special_tokens=False, split_special_tokens=True)
-        elif piece:
-            ids += tokenizer.encode(piece, add_special_tokens=False)
-    return ids
+def _said(problem: Problem) -> list[str]:
+    """Every text of the problem that a template may show."""
+    if isinstance(problem.prompt, str):
+        return [problem.prompt]
+    return [text for message in problem.prompt for text in (message["role"], message["content"])]
 
 
 def _render(problem: Problem, tokenizer: Tokenizer, messages: list[dict[str, str]]) -> str:
@@ -106,12 +162,3 @@ def _render(problem: Problem, tokenizer: Tokenizer, messages: list[dict[str, str
         raise ValueError(
             f"problem {problem.uid}: the tokenizer's chat template refuses its messages: {error}"
         ) from error
-
-
-def _special_spellings(tokenizer: Tokenizer) -> re.Pattern[str] | None:
-    """Matches every special token's text and every placeholder; None when the tokenizer has no special token."""
-    texts = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    if not texts:
-        return None
-    texts.sort(key=len, reverse=True)  # the longest first, where one begins with another
-    return re.compile("|".join([*map(re.escape, texts), "[\uf8ff\uf8fe]"]))

@@ -6,7 +6,7 @@ The k-th problem of a source depends on its seed and k alone, so that a run resu
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from megatron_fipo.types import Problem
@@ -31,12 +31,19 @@ class SeededSource:
     """The ProblemSource over a function of the position.
 
     `problem_at(k)` gives the k-th problem, or None where the k-th place is held out for evaluation.
-    `description` says what the stream is made of; a state saved under another description is refused.
+    `description` says what the stream is made of; a state saved under another description is refused. `problems` are
+    all there are, where that is a list (a file), so that they can be checked before the first is drawn.
     """
 
-    def __init__(self, description: str, problem_at: Callable[[int], Problem | None]) -> None:
+    def __init__(
+        self,
+        description: str,
+        problem_at: Callable[[int], Problem | None],
+        problems: Sequence[Problem] | None = None,
+    ) -> None:
         self.description = description
         self.problem_at = problem_at
+        self.problems = problems
         self.position = 0
 
     def next_problem(self) -> Problem:

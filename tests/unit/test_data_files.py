@@ -12,6 +12,7 @@ import pytest
 from pyarrow import parquet
 
 from megatron_fipo.data import make_sources
+from megatron_fipo.data.build import eval_paths
 from megatron_fipo.data_config import DataSettings
 from megatron_fipo.types import Problem
 
@@ -24,7 +25,7 @@ def write_jsonl(path: Path, rows: list[Any]) -> str:
 
 
 def read(path: str, num_problems: int, seed: int = 1, **settings: Any) -> list[Problem]:
-    source, _ = make_sources(DataSettings(prompt_data=path, **settings), seed)
+    source, _, _ = make_sources(DataSettings(prompt_data=path, **settings), seed)
     return [source.next_problem() for _ in range(num_problems)]
 
 
@@ -49,15 +50,15 @@ def test_every_epoch_is_a_new_permutation_made_from_seed_and_epoch(tmp_path: Pat
 def test_a_file_source_resumes_and_notices_a_changed_file(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "train.jsonl", ROWS)
     problems = read(path, 30)
-    source, _ = make_sources(DataSettings(prompt_data=path), seed=1)
+    source, _, _ = make_sources(DataSettings(prompt_data=path), seed=1)
     for _ in range(11):
         source.next_problem()
     saved = json.loads(json.dumps(source.state_dict()))
-    resumed, _ = make_sources(DataSettings(prompt_data=path), seed=1)
+    resumed, _, _ = make_sources(DataSettings(prompt_data=path), seed=1)
     resumed.load_state_dict(saved)
     assert [resumed.next_problem() for _ in range(19)] == problems[11:]
     write_jsonl(tmp_path / "train.jsonl", [*ROWS[:-1], {"prompt": "Question 6?", "label": "7"}])
-    changed, _ = make_sources(DataSettings(prompt_data=path), seed=1)
+    changed, _, _ = make_sources(DataSettings(prompt_data=path), seed=1)
     with pytest.raises(ValueError, match="the saved data position belongs to"):
         changed.load_state_dict(saved)
 
@@ -76,15 +77,23 @@ def test_a_column_whose_name_has_dots_comes_before_a_descent(tmp_path: Path) -> 
     assert (problem.ground_truth, problem.extra) == ("flat", {"metadata": {"a": {"b": "deep"}}})
 
 
-def test_blank_lines_a_byte_order_mark_and_duplicates_are_fine(tmp_path: Path) -> None:
+def test_blank_lines_and_a_byte_order_mark_are_fine(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
-    row = json.dumps(ROWS[0])
-    path.write_bytes(b"\xef\xbb\xbf" + f"{row}\n\n  \n{row}".encode())
+    path.write_bytes(b"\xef\xbb\xbf" + f"{json.dumps(ROWS[0])}\r\n\n  \n{json.dumps(ROWS[1])}".encode())
     problems = read(str(path), 2, rollout_shuffle=False)
     assert [(problem.uid, problem.prompt) for problem in problems] == [
         ("train.jsonl:1", "Question 0?"),
-        ("train.jsonl:4", "Question 0?"),
+        ("train.jsonl:4", "Question 1?"),
     ]
+
+
+def test_texts_are_kept_as_they_are_and_numbers_become_the_shortest_text(tmp_path: Path) -> None:
+    odd = " \x00 <|im_end|> \u2028 \U0001f600 "
+    labels = [odd, -7, 2.0, 0.5, 10**40, 1e300]
+    path = write_jsonl(tmp_path / "train.jsonl", [{"prompt": f"{odd}{i}", "label": x} for i, x in enumerate(labels)])
+    problems = read(path, len(labels), rollout_shuffle=False)
+    assert problems[0].prompt == f"{odd}0"
+    assert [problem.ground_truth for problem in problems] == [odd, "-7", "2", "0.5", str(10**40), "1e+300"]
 
 
 GOOD = json.dumps(ROWS[0]).encode() + b"\n"
@@ -104,6 +113,11 @@ GOOD = json.dumps(ROWS[0]).encode() + b"\n"
         ),
         (GOOD + b'{"prompt": "x", "label": ["1"]}', r"line 2: the ground truth 'label' is \['1'\]"),
         (GOOD + b'{"prompt": "x", "label": true}', r"line 2: the ground truth 'label' is True"),
+        (GOOD + b'{"prompt": "x", "label": NaN}', r"line 2: the ground truth 'label' is nan, wanted a finite number"),
+        (
+            GOOD + b'{"prompt": [{"role": "user", "content": " "}], "label": "1"}',
+            r"line 2: the prompt 'prompt' is empty: no message says anything",
+        ),
         (GOOD + b'{"prompt": " ", "label": "1"}', r"line 2: the prompt 'prompt' is empty"),
         (GOOD + b'{"prompt": [], "label": "1"}', r"line 2: the prompt 'prompt' is \[\]"),
         (GOOD + b'{"prompt": 5, "label": "1"}', r"line 2: the prompt 'prompt' is 5"),
@@ -171,15 +185,54 @@ def test_files_that_share_a_prompt_are_refused_however_it_is_written(tmp_path: P
     train = write_jsonl(tmp_path / "train.jsonl", ROWS)
     as_message = {"prompt": [{"role": "user", "content": " Question  3? "}], "label": "3"}
     held_out = write_jsonl(tmp_path / "eval.jsonl", [{"prompt": "Another?", "label": "1"}, as_message])
-    with pytest.raises(ValueError, match=r"but 1 training problems .* train\.jsonl:4 = eval\.jsonl:2: .*Question 3"):
-        make_sources(DataSettings(prompt_data=train, eval_prompt_data=held_out), seed=1)
+    with pytest.raises(ValueError, match=r"but 1 training problems .*: train\.jsonl:4 = eval\.jsonl:2: .*Question 3"):
+        make_sources(DataSettings(prompt_data=train, eval_prompt_data=(held_out,)), seed=1)
 
 
 def test_evaluation_problems_come_from_their_file_or_there_are_none(tmp_path: Path) -> None:
     train = write_jsonl(tmp_path / "train.jsonl", ROWS)
     held_out = write_jsonl(tmp_path / "eval.jsonl", [{"prompt": "Another?", "label": "1"}])
-    _, problems = make_sources(DataSettings(prompt_data=train, eval_prompt_data=held_out), seed=1)
-    assert problems == [Problem("eval.jsonl:1", "Another?", "1")]
-    assert make_sources(DataSettings(prompt_data=train), seed=1)[1] == []
-    with pytest.raises(ValueError, match="--eval-prompt-data"):
-        make_sources(DataSettings(prompt_data=train, eval_prompt_data="nowhere.jsonl"), seed=1)
+    _, problems, _ = make_sources(DataSettings(prompt_data=train, eval_prompt_data=(held_out,)), seed=1)
+    assert problems == {"eval": [Problem("eval.jsonl:1", "Another?", "1")]}
+    assert make_sources(DataSettings(prompt_data=train), seed=1)[1:] == ({}, ())
+    with pytest.raises(ValueError, match=r"--eval-prompt-data is 'nowhere\.jsonl', but no such file exists"):
+        make_sources(DataSettings(prompt_data=train, eval_prompt_data=("nowhere.jsonl",)), seed=1)
+
+
+def test_several_evaluation_sets_have_their_given_names_or_their_files(tmp_path: Path) -> None:
+    train = write_jsonl(tmp_path / "train.jsonl", ROWS)
+    first = write_jsonl(tmp_path / "aime-2024.jsonl", [{"prompt": "A?", "label": "1"}])
+    second = write_jsonl(tmp_path / "x=y.jsonl", [{"prompt": "B?", "label": "2"}, {"prompt": "A?", "label": "1"}])
+    _, held_out, _ = make_sources(DataSettings(prompt_data=train, eval_prompt_data=(first, f"AIME25={second}")), seed=1)
+    assert {name: [problem.prompt for problem in problems] for name, problems in held_out.items()} == {
+        "aime-2024": ["A?"],
+        "AIME25": ["B?", "A?"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (("a/m.jsonl", "b/m.parquet"), r"names 'm' twice, a/m\.jsonl and b/m\.parquet; give one of them another name"),
+        (("m=a.jsonl", "m=b.jsonl"), "names 'm' twice"),
+        (("a b.jsonl",), r"is 'a b\.jsonl', but must be NAME=PATH with a name of .* found the name 'a b'"),
+        (("=a.jsonl",), "found the name ''"),
+        (("score=a.jsonl",), "none of accuracy, response_length, score; found the name 'score'"),
+        (("é=a.jsonl",), "found the name 'é'"),
+        (("a" * 65 + "=b",), "found the name 'aaa"),
+        (("m=",), "is 'm=', but must be NAME=PATH with a path"),
+    ],
+)
+def test_bad_names_of_evaluation_sets_are_refused(values: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match="--eval-prompt-data .*" + message):
+        eval_paths(values)
+
+
+def test_a_name_stands_before_the_first_equals_sign_unless_that_is_in_a_path() -> None:
+    assert eval_paths(("m=a=b.jsonl", "runs/k=1/n.jsonl", "data/set:test", "o=data/set:train", "p/q.v2")) == {
+        "m": "a=b.jsonl",
+        "n": "runs/k=1/n.jsonl",
+        "set-test": "data/set:test",
+        "o": "data/set:train",
+        "q.v2": "p/q.v2",
+    }

@@ -18,12 +18,21 @@ CHAIN_SUM = DataSettings(task="chain_sum", task_args={"max_terms": 3, "max_digit
 TINY = DataSettings(task="chain_sum", task_args={"max_terms": 2, "max_digits": 1}, num_eval_problems=60)
 
 
+def sources(settings: DataSettings, seed: int) -> tuple[ProblemSource, list[Problem]]:
+    """The training source and the held-out problems, which bear the task's name."""
+    source, held_out, notes = make_sources(settings, seed)
+    assert notes == ()
+    assert settings.task is not None
+    assert list(held_out) == [settings.task]
+    return source, held_out[settings.task]
+
+
 def take(source: ProblemSource, num_problems: int) -> list[Problem]:
     return [source.next_problem() for _ in range(num_problems)]
 
 
 def test_small_arithmetic_asks_and_begins_the_answer() -> None:
-    source, held_out = make_sources(DataSettings(task="small_arithmetic"), seed=1)
+    source, held_out = sources(DataSettings(task="small_arithmetic"), seed=1)
     for problem in [*take(source, 50), *held_out]:
         (message,) = problem.prompt
         assert isinstance(message, dict)
@@ -39,16 +48,16 @@ def test_small_arithmetic_asks_and_begins_the_answer() -> None:
 @pytest.mark.parametrize("num_held_out", [1, 32, 96, 150])
 def test_small_arithmetic_holds_out_the_same_problems_at_every_seed(num_held_out: int) -> None:
     settings = DataSettings(task="small_arithmetic", num_eval_problems=num_held_out)
-    _, held_out = make_sources(settings, seed=1)
+    _, held_out = sources(settings, seed=1)
     assert len({problem.uid for problem in held_out}) == num_held_out
-    assert make_sources(settings, seed=2)[1] == held_out
+    assert sources(settings, seed=2)[1] == held_out
     symbols = Counter(problem.response_prefix.split()[1] for problem in held_out)
     assert max(symbols.values()) - min(symbols[symbol] for symbol in "+-*") <= 1
 
 
 def test_small_arithmetic_trains_on_everything_else_but_commuted_held_out_problems() -> None:
     settings = DataSettings(task="small_arithmetic", num_eval_problems=96)
-    source, held_out = make_sources(settings, seed=3)
+    source, held_out = sources(settings, seed=3)
     problems = take(source, 3000)
     asked = {problem.response_prefix for problem in problems}
     forbidden = set()
@@ -73,12 +82,12 @@ def test_small_arithmetic_refuses_to_hold_out_too_much_and_to_take_parameters() 
 
 @pytest.mark.parametrize("settings", [DataSettings(task="small_arithmetic"), CHAIN_SUM, TINY])
 def test_the_stream_depends_on_the_seed_and_goes_on_where_it_was_saved(settings: DataSettings) -> None:
-    problems = take(make_sources(settings, seed=5)[0], 1300)  # beyond one block, and beyond one epoch of products
-    assert take(make_sources(settings, seed=6)[0], 50) != problems[:50]
-    source, held_out = make_sources(settings, seed=5)
+    problems = take(sources(settings, seed=5)[0], 1300)  # beyond one block, and beyond one epoch of products
+    assert take(sources(settings, seed=6)[0], 50) != problems[:50]
+    source, held_out = sources(settings, seed=5)
     assert take(source, 617) == problems[:617]
     saved = json.loads(json.dumps(source.state_dict()))
-    resumed, held_out_again = make_sources(settings, seed=5)
+    resumed, held_out_again = sources(settings, seed=5)
     resumed.load_state_dict(saved)
     assert take(resumed, 683) == problems[617:]
     assert held_out_again == held_out
@@ -87,31 +96,31 @@ def test_the_stream_depends_on_the_seed_and_goes_on_where_it_was_saved(settings:
 
 @pytest.mark.parametrize("settings", [DataSettings(task="small_arithmetic"), CHAIN_SUM, TINY])
 def test_training_never_asks_a_held_out_question(settings: DataSettings) -> None:
-    source, held_out = make_sources(settings, seed=7)
+    source, held_out = sources(settings, seed=7)
     keys = {question_key(problem) for problem in held_out}
     assert len(keys) == settings.num_eval_problems
     assert not keys & {question_key(problem) for problem in take(source, 1500)}
 
 
 def test_skipping_is_not_vacuous_in_a_tiny_task() -> None:
-    source, _ = make_sources(TINY, seed=7)
+    source, _ = sources(TINY, seed=7)
     take(source, 500)
     assert source.state_dict()["position"] > 600
 
 
 def test_neighbouring_seeds_do_not_share_their_streams() -> None:
     wide = DataSettings(task="chain_sum", task_args={"min_terms": 5, "max_terms": 6, "min_digits": 4})
-    questions = [{p.prompt for p in take(make_sources(wide, seed=seed)[0], 100)} for seed in (1, 2)]
+    questions = [{p.prompt for p in take(sources(wide, seed=seed)[0], 100)} for seed in (1, 2)]
     assert not questions[0] & questions[1]
 
 
 def test_a_state_that_does_not_belong_is_refused() -> None:
-    source, _ = make_sources(CHAIN_SUM, seed=1)
+    source, _ = sources(CHAIN_SUM, seed=1)
     saved = source.state_dict()
-    other_seed, _ = make_sources(CHAIN_SUM, seed=2)
+    other_seed, _ = sources(CHAIN_SUM, seed=2)
     with pytest.raises(ValueError, match=r"belongs to: task chain_sum .* seed 1, .*but this run reads: .* seed 2"):
         other_seed.load_state_dict(saved)
-    other_task, _ = make_sources(DataSettings(task="small_arithmetic"), seed=1)
+    other_task, _ = sources(DataSettings(task="small_arithmetic"), seed=1)
     with pytest.raises(ValueError, match="this run reads: task small_arithmetic"):
         other_task.load_state_dict(saved)
     for bad in ({}, {"position": 3}, {**saved, "more": 1}, {**saved, "position": -1}, {**saved, "position": True}):
@@ -142,9 +151,9 @@ def test_a_task_with_too_few_different_problems_says_how_many_there_are() -> Non
 
 
 def test_a_task_whose_every_problem_is_held_out_says_so() -> None:
-    _, held_out = make_sources(TINY, seed=1)
+    _, held_out = sources(TINY, seed=1)
     all_of_them = DataSettings(task="chain_sum", task_args={"max_terms": 2, "max_digits": 1}, num_eval_problems=200)
-    source, _ = make_sources(all_of_them, seed=1)  # 10 x 10 x two operators
+    source, _ = sources(all_of_them, seed=1)  # 10 x 10 x two operators
     with pytest.raises(ValueError, match="in a row are held out"):
         source.next_problem()
     assert len(held_out) == 60
@@ -162,4 +171,4 @@ def test_tasks_that_follow_pythons_hash_order_need_a_fixed_one(
     with pytest.raises(ValueError, match="PYTHONHASHSEED=0"):
         make_sources(settings, seed=1)
     monkeypatch.setenv("PYTHONHASHSEED", "0")
-    assert len(list(islice(make_sources(settings, seed=1)[1], 2))) == 2
+    assert len(list(islice(sources(settings, seed=1)[1], 2))) == 2
