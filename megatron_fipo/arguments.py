@@ -263,7 +263,11 @@ def _check_given(
         )
     for setting, switch, flag in (
         ("rollout.over_sampling_batch_size", rollout.dynamic_sampling, "--dynamic-sampling"),
-        ("rollout.max_generation_batches", rollout.dynamic_sampling, "--dynamic-sampling"),
+        *(
+            [("rollout.max_generation_batches", rollout.dynamic_sampling, "--dynamic-sampling")]
+            if rollout.partial_rollout_len is None
+            else []
+        ),
         ("rollout.overlong_buffer_len", rollout.overlong_penalty, "--overlong-penalty"),
         ("rollout.overlong_penalty_factor", rollout.overlong_penalty, "--overlong-penalty"),
     ):

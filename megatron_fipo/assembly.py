@@ -19,8 +19,9 @@ from megatron_fipo.problems import Problems
 from megatron_fipo.rollout.pool import EnginePool
 from megatron_fipo.rollout.server_process import start_engine
 from megatron_fipo.trainer.custom_generation import custom_generation
-from megatron_fipo.trainer.evaluation import EvaluationResult, evaluate, summary
-from megatron_fipo.trainer.evaluation_report import log_line, write_problem_table
+from megatron_fipo.trainer.evaluation import evaluate
+from megatron_fipo.trainer.evaluation_report import write_problem_table
+from megatron_fipo.trainer.evaluation_result import EvaluationResult, summary
 from megatron_fipo.trainer.generation import Generate
 from megatron_fipo.trainer.loop import Rollout
 from megatron_fipo.trainer.recording import read_rollouts, write_rollouts
@@ -200,4 +201,4 @@ def log_evaluation(log: RunLogger, step: int, results: Sequence[EvaluationResult
                 for e in result.examples
             ],
         )
-        log.say(f"evaluation after {step} steps: {log_line(result)}")
+        log.say(f"evaluation after {step} steps: {result.line()}")

@@ -13,6 +13,7 @@ import torch
 from megatron_fipo.arguments import Settings
 from megatron_fipo.config import require
 from megatron_fipo.flags.megatron_table import contradictions, flag_of_field
+from megatron_fipo.losses.custom import load_custom_loss
 from megatron_fipo.megatron_config import MegatronSettings
 from megatron_fipo.metrics.records import EVALUATIONS_FILE, METRICS_FILE, SAMPLES_FILE
 from megatron_fipo.parallel import ParallelLayout
@@ -64,6 +65,8 @@ def check_run(settings: Settings, environment: Mapping[str, str]) -> Checked:
     )
     device = choose_device(settings)
     _check_pipeline_overlap(settings, layout, device)
+    nccl_buffers = settings.megatron.ddp.get("nccl_ub", False)
+    require(device.type == "cuda" or not nccl_buffers, "--use-nccl-ub", True, "absent where there is no CUDA device")
     arch, weights = check_checkpoint(settings, layout)
     _check_directories(settings)
     require(
@@ -72,6 +75,8 @@ def check_run(settings: Settings, environment: Mapping[str, str]) -> Checked:
         settings.run.wandb_project,
         "absent where the package wandb is not installed: pip install wandb",
     )
+    if settings.correction.custom_loss_function_path is not None:
+        load_custom_loss(settings.correction.custom_loss_function_path)
     transformer_impl = choose_transformer_impl(settings, device)
     check_layer_flags(settings.megatron, arch, transformer_impl)
     return Checked(layout, device, transformer_impl, arch, weights)

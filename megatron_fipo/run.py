@@ -129,6 +129,12 @@ class _Stages:
             if state is None:
                 raise ValueError("the checkpoint was saved while replaying rollouts: it has no data position to resume")
             self.rollout_side.collector.load_state_dict(state)
+            custom = self.settings.rollout.custom_generate_function_path
+            if custom is not None and self.rollout_side.collector.unfinished:
+                raise ValueError(
+                    f"--custom-generate-function-path is {custom!r}, but the checkpoint holds unfinished responses of "
+                    "--partial-rollout-len, which it cannot continue: resume without it"
+                )
 
         self._on_rank_zero(restore)
 

@@ -74,10 +74,11 @@ def _checked_run(settings: Settings, ending: Callable[[], None], is_rank_zero: b
         from megatron_fipo.run import run
         from megatron_fipo.trainer.agreement import EngineDisagrees
         from megatron_fipo.trainer.exchange import RankZeroFailed
+        from megatron_fipo.trainer.guards import GuardStopped
 
         try:
             run(settings, checked, problems, ending)
-        except (EngineError, EngineDisagrees, NonFiniteUpdate) as error:
+        except (EngineError, EngineDisagrees, GuardStopped, NonFiniteUpdate) as error:
             return _fail(error, RUN_FAILED, is_rank_zero)
         except RankZeroFailed:
             return RUN_FAILED  # rank 0 says why

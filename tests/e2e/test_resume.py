@@ -42,6 +42,9 @@ def train(directory: Path, model: Path, **more: Any) -> list[RankOutput]:
         "rollout-max-response-len": 24,
         "max-tokens-per-micro-batch": 128,
         "overlong-buffer-len": 4,
+        "partial-rollout-len": 12,
+        "partial-rollout-older-tokens": "correct",
+        "kl-coef": 0.01,
         "lr": 1e-3,
         "lr-warmup-iters": 6,
         "train-iters": NUM_STEPS,
@@ -49,7 +52,7 @@ def train(directory: Path, model: Path, **more: Any) -> list[RankOutput]:
     }
     words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
     return run_command_on_ranks(
-        directory, 2, ["-m", "megatron_fipo.train", "--bf16", *words], 240.0, env={"TORCHDYNAMO_DISABLE": "1"}
+        directory, 2, ["-m", "megatron_fipo.train", "--bf16", "--use-tis", *words], 240.0, env={"TORCHDYNAMO_DISABLE": "1"}
     )
 
 
@@ -95,7 +98,9 @@ def test_the_undisturbed_run_is_worth_comparing(undisturbed: Path) -> None:
     assert all(step["grad_norm"] > 0 for step in steps)
     assert steps[0]["lr"] < steps[1]["lr"] < steps[3]["lr"] == 1e-3
     saved = json.loads((undisturbed / "saved" / "step_0000002" / "run_state.json").read_text())
-    assert saved["trainer"]["surplus"], "no group was left over at the checkpoint"
+    waiting = saved["trainer"]["waiting"]
+    assert any("group" in entry for entry in waiting), "no group was left over at the checkpoint"
+    assert any("unfinished" in entry for entry in waiting), "no response was unfinished at the checkpoint"
     assert (undisturbed / "checkpoints" / "latest").read_text() == "step_0000004"
 
 
