@@ -6,6 +6,7 @@ import functools
 import json
 from typing import Any
 
+from megatron_fipo.rewards.unsilenced import unsilenced
 from megatron_fipo.types import RewardResult
 
 
@@ -22,7 +23,9 @@ def reasoning_gym(
     problem `index`. The answer is the last <answer>...</answer> of the response, else all of it.
 
     `score` is the verifier's, between 0 and 1, partial credit included; `accuracy` is 1 only for full marks.
-    Raises ValueError when the problem built here is not the one that was asked (its answer differs).
+    Several verifiers evaluate the answer as Python: a grader process confines what that can do (confinement.py).
+    Raises ValueError when the problem built here is not the one that was asked (its answer differs); MemoryError and
+    RecursionError also where the verifier catches them.
     """
     from reasoning_gym.utils import extract_answer
 
@@ -35,7 +38,8 @@ def reasoning_gym(
         )
     tagged = extract_answer(response)
     answer = response.strip() if tagged is None else tagged
-    score = float(dataset.score_answer(answer, entry))
+    with unsilenced({base.__module__ for base in type(dataset).__mro__}):
+        score = float(dataset.score_answer(answer, entry))
     return RewardResult(score, float(score >= 1.0), answer or None)
 
 

@@ -15,8 +15,9 @@ import traceback
 from collections.abc import Awaitable
 from typing import Any, BinaryIO
 
+from megatron_fipo.rewards.confinement import confine
 from megatron_fipo.rewards.processes import OUT_OF_MEMORY_EXIT_CODE
-from megatron_fipo.rewards.registry import WARM_UPS, Reward, load_reward
+from megatron_fipo.rewards.registry import REWARDS, WARM_UPS, Reward, load_reward
 from megatron_fipo.types import RewardResult
 
 MAX_ANSWER_CHARACTERS = 1_000
@@ -42,6 +43,8 @@ def main() -> None:
         return
     _limit_memory(first["memory_bytes"])
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    if first["reward"] in REWARDS:  # the user's own may need files and processes
+        confine()
     _send(replies, {"ready": True})
     try:
         for line in requests:
