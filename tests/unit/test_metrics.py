@@ -19,6 +19,13 @@ from megatron_fipo.metrics.curves import draw_curves
 from megatron_fipo.metrics.timings import StageClock
 
 
+@pytest.fixture(autouse=True)
+def no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only tests about curves.png wait for it to be drawn."""
+    if "curves" not in request.node.name:
+        monkeypatch.setattr("megatron_fipo.metrics.run_logger.draw_curves", lambda *_, **__: None)
+
+
 def step_metrics(step: int) -> dict[str, Any]:
     return {
         "step": step,
