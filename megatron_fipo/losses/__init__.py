@@ -24,8 +24,8 @@ Every loss of `LOSSES` is called the same way and returns (loss, info):
   after f, clip and dual clip. All that is counted or decided is as without w: the denominator, f and Future-KL, clips,
   dropped sequences, and every metric but pg_loss, which is of the loss that is trained on. 0 times NaN stays NaN.
 * reference_logprobs, kl_coef: adds kl_coef times the k3 estimate (kl.py) of every kept response token, summed, averaged
-  and divided as L is. Its gradient goes through logprobs; w does not apply to it. Metric kl_loss, the mean estimate over
-  the response before any drop; pg_loss is without the KL term.
+  and divided as L is. Its gradient goes through logprobs; w does not apply to it. Metric kl_loss, the mean estimate
+  over the response before any drop; pg_loss is without the KL term.
 
 info holds future_kl, influence_weights [shape given] (0 and 1 where the algorithm has none), loss_mask (after the
 drop, in the dtype given), num_kept [] int64 (kept tokens, or sequences in the seq-mean forms), token_stats (for

@@ -79,8 +79,10 @@ def _checked(result: Any, path: str) -> tuple[Tensor, dict[str, Any]]:
     missing = [name for name in ("num_kept", "token_stats") if name not in info]
     if missing:
         raise ValueError(f"{FLAG} {path!r} returned info without {' and '.join(missing)}, but must return {wanted}")
-    num_kept, token_stats = torch.as_tensor(info["num_kept"], device=loss.device), info["token_stats"]
-    if num_kept.numel() != 1 or num_kept.is_floating_point():
+    num_kept, token_stats = info["num_kept"], info["token_stats"]
+    if isinstance(num_kept, int):
+        num_kept = torch.tensor(num_kept, device=loss.device)
+    if not isinstance(num_kept, Tensor) or num_kept.numel() != 1 or num_kept.is_floating_point():
         raise ValueError(f"{FLAG} {path!r} returned {_kind(num_kept)} as num_kept, but must return one integer")
     if not isinstance(token_stats, Mapping) or not all(
         isinstance(values, Tensor) and values.dim() == 1 for values in token_stats.values()

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
 
 from megatron_fipo.config import FIPOSettings, PPOSettings
-from megatron_fipo.losses import LOSSES, collect_token_stats, dapo_loss, fipo_loss, update_metrics
+from megatron_fipo.losses import (
+    LOSSES,
+    collect_token_stats,
+    dapo_loss,
+    fipo_loss,
+    update_histograms,
+    update_metrics,
+)
 
 SETTINGS = FIPOSettings(influence_low=0.8, influence_high=1.2, safety_threshold=3.0, semantics="released")
 
@@ -102,3 +110,31 @@ def test_stats_of_different_algorithms_do_not_mix() -> None:
         collect_token_stats([fipo, dapo])
     with pytest.raises(ValueError, match="empty"):
         collect_token_stats([])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_histograms_count_every_response_token_once_whatever_its_value(dtype: torch.dtype) -> None:
+    shifts, old, advantages, mask = noisy_batch(6, 300)
+    shifts[0, :2], mask[0, :2] = torch.tensor([15.0, -15.0]), True
+    _, info = fipo_loss(shifts.to(dtype), old.to(dtype), advantages.to(dtype), mask, SETTINGS)
+    stats = info["token_stats"]
+    found = update_histograms(stats, SETTINGS)
+    assert json.loads(json.dumps(found)) == found
+    ratio, weights = found["ratio_histogram"], found["influence_weights_histogram"]
+    for histogram in found.values():
+        assert sum(histogram["counts"]) == int(mask.sum())
+        assert len(histogram["edges"]) == len(histogram["counts"]) + 1
+        assert histogram["edges"] == sorted(histogram["edges"])
+    assert (weights["edges"][0], weights["edges"][-1]) == (0.8, 1.2)
+    # many weights of so noisy a batch lie on a bound: in the outer bins, however they were rounded
+    assert weights["counts"][-1] >= int((stats["influence_weights"] >= 1.2 - 1e-6).sum()) > 0
+    assert weights["counts"][0] >= int((stats["influence_weights"] <= 0.8 + 1e-6).sum()) > 0
+    beyond = stats["shift"].double().exp() > ratio["edges"][-2]
+    assert ratio["counts"][-1] == int(beyond.sum()) > 0
+    middle = len(ratio["counts"]) // 2
+    assert ratio["edges"][middle] < 1 < ratio["edges"][middle + 1]
+
+
+def test_algorithms_without_influence_weights_have_no_histogram_of_them() -> None:
+    _, info = dapo_loss(*noisy_batch(4, 20), PPOSettings())
+    assert list(update_histograms(info["token_stats"], PPOSettings())) == ["ratio_histogram"]
