@@ -209,8 +209,8 @@ def _make_runs(directory: Path, seeds: Sequence[int], algorithms: Sequence[str],
     started = time.monotonic()
     with GraderPool(REWARD, timeout_s=10.0, memory_bytes=2**30, num_workers=1) as graders, _one_process() as control:
         for number, (seed, algorithm) in enumerate(missing, start=1):
-            run_started = time.monotonic()
             start = _start_weights(directory, seed, setup)
+            run_started = time.monotonic()
             run_dir = directory / "runs" / f"seed-{seed}-{algorithm}"
             if run_dir.exists():
                 shutil.rmtree(run_dir)  # of a run that was interrupted: runs are made in one go
