@@ -89,6 +89,14 @@ class Settings:
             "influence weight is 1, and FIPO would be switched off (the paper makes 8)",
         )
         require(
+            self.rollout.partial_rollout_len is None
+            or self.rollout.over_sampling_batch_size > self.batch.rollout_batch_size,
+            "--over-sampling-batch-size",
+            self.rollout.over_sampling_batch_size,
+            f"> --rollout-batch-size ({self.batch.rollout_batch_size}) with --partial-rollout-len: a batch that needs "
+            "every group it works on leaves no response to the next step",
+        )
+        require(
             self.rollout.partial_rollout_older_tokens == "mask"
             or self.correction.use_tis
             or self.correction.use_icepop,
@@ -153,7 +161,7 @@ def settings_from(given: Mapping[str, Given], notes: Sequence[str] = ()) -> Sett
     batch = _section(BatchSettings, "batch", values)
     rollout = _section(RolloutSettings, "rollout", values)
     _check_given(given, values, algorithm, batch, rollout)
-    if not _default_on(rollout.dynamic_sampling, algorithm):
+    if not _default_on(rollout.dynamic_sampling, algorithm) and rollout.partial_rollout_len is None:
         values.pop("rollout.over_sampling_batch_size", None)  # a preset's, which then says nothing
     loss_fields = {field.name for field in dataclasses.fields(LOSS_SETTINGS[algorithm])}
     loss_values = {name: values[f"loss.{name}"] for name in loss_fields if f"loss.{name}" in values}
@@ -209,11 +217,12 @@ def _section(settings_class: type[S], section: str, values: Mapping[str, Any]) -
 def _resolved(rollout: RolloutSettings, batch: BatchSettings, algorithm: str) -> RolloutSettings:
     """The rollout's settings with the algorithm's own defaults filled in."""
     dynamic = _default_on(rollout.dynamic_sampling, algorithm)
+    fills = dynamic or rollout.partial_rollout_len is not None  # generation batch by generation batch
     return dataclasses.replace(
         rollout,
         dynamic_sampling=dynamic,
         overlong_penalty=_default_on(rollout.overlong_penalty, algorithm),
-        over_sampling_batch_size=(rollout.over_sampling_batch_size if dynamic else None) or batch.rollout_batch_size,
+        over_sampling_batch_size=(rollout.over_sampling_batch_size if fills else None) or batch.rollout_batch_size,
     )
 
 
@@ -261,13 +270,10 @@ def _check_given(
             f">= --rollout-max-prompt-len ({rollout.rollout_max_prompt_len}) + --rollout-max-response-len "
             f"({rollout.rollout_max_response_len}) = {longest}",
         )
+    fills = rollout.dynamic_sampling if rollout.partial_rollout_len is None else True
     for setting, switch, flag in (
-        ("rollout.over_sampling_batch_size", rollout.dynamic_sampling, "--dynamic-sampling"),
-        *(
-            [("rollout.max_generation_batches", rollout.dynamic_sampling, "--dynamic-sampling")]
-            if rollout.partial_rollout_len is None
-            else []
-        ),
+        ("rollout.over_sampling_batch_size", fills, "--dynamic-sampling"),
+        ("rollout.max_generation_batches", fills, "--dynamic-sampling"),
         ("rollout.overlong_buffer_len", rollout.overlong_penalty, "--overlong-penalty"),
         ("rollout.overlong_penalty_factor", rollout.overlong_penalty, "--overlong-penalty"),
     ):

@@ -202,7 +202,7 @@ class RolloutSettings:
     overlong_penalty_factor: float = setting(1.0, "the overlong penalty at the limit")
     partial_rollout_len: int | None = setting(
         None,
-        "tokens one step may add to a response; a longer one is continued in the next step (default: no such limit)",
+        "tokens a generation batch may add to a response; a longer one is continued later (default: no such limit)",
     )
     partial_rollout_older_tokens: PartialTokens = setting(
         "mask",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -173,13 +173,9 @@ class _Stages:
             save_interval=settings.run.save_interval,
             # a recorded batch may rightly be far from this run's policy
             engine_mismatch_limit=math.inf if self.replays else settings.rollout.engine_mismatch_limit,
-            check=self._check,
+            guards=self.guards,
             log=self.log,
         )
-
-    def _check(self, record: Mapping[str, Any]) -> list[str]:
-        assert self.guards is not None, "rank 0 alone watches"
-        return self.guards.check(record)
 
     def _collect(self) -> Callable[[int], Rollout]:
         if self.replays:

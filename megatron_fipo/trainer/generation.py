@@ -98,9 +98,9 @@ def sample_uid(prompt: Prompt, sample_index: int) -> str:
     return f"{prompt.problem.uid}/{sample_index}"
 
 
-def sampling_seed(seed: int, step: int, problem_uid: str, sample_index: int) -> int:
-    """The 31-bit seed of one request, a hash of all four."""
-    key = json.dumps([seed, step, problem_uid, sample_index]).encode()
+def sampling_seed(seed: int, step: int, problem_uid: str, sample_index: int, num_drawn: int = 0) -> int:
+    """The 31-bit seed of one request, a hash of all five; `num_drawn` tokens of the response are there already."""
+    key = json.dumps([seed, step, problem_uid, sample_index, *([num_drawn] if num_drawn else [])]).encode()
     return int.from_bytes(sha256(key).digest()[:4]) & 0x7FFFFFFF
 
 

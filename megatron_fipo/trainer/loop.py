@@ -15,6 +15,7 @@ from megatron_fipo.metrics.run_logger import RunLogger
 from megatron_fipo.parallel import ParallelLayout
 from megatron_fipo.trainer.agreement import agreement_metrics, require_agreement
 from megatron_fipo.trainer.exchange import on_rank_zero, scatter_shares
+from megatron_fipo.trainer.guards import Guards
 from megatron_fipo.types import TrainSequence
 
 
@@ -68,7 +69,7 @@ class Run:
     eval_interval: int | None
     save_interval: int | None
     engine_mismatch_limit: float
-    check: Callable[[Mapping[str, Any]], Sequence[str]]  # the guards on a step's record: what to warn of; may raise
+    guards: Guards | None  # rank 0
     log: RunLogger
 
 
@@ -97,11 +98,11 @@ def train(run: Run, *, first_step: int) -> None:
         with run.log.stage("sync"):
             run.sync_weights(step)
         record = {"step": step, **_step_metrics(rollout, agreement, updates)}
-        run.log.log_step(record)
+        warnings = on_rank_zero(partial(_log_step, run, record), run.layout, run.control)
+        for warning in warnings or ():
+            run.log.say(f"warning: step {step}: {warning}")
         if rollout is not None:
             run.log.log_samples(step, rollout.texts)
-        for warning in on_rank_zero(partial(run.check, record), run.layout, run.control) or ():
-            run.log.say(warning)
         if _is_due(step, run.eval_interval) and step < run.num_steps:
             run.evaluate(step)
         if _is_due(step, run.save_interval) or step == run.num_steps:
@@ -131,6 +132,15 @@ def _update(
         )
         start = end
     return updates
+
+
+def _log_step(run: Run, record: Mapping[str, Any]) -> list[str]:
+    """Log the step with what the guards found in it, also when they stop the run; what they warn of. Rank 0."""
+    assert run.guards is not None
+    try:
+        return run.guards.check(record)
+    finally:
+        run.log.log_step({**record, **run.guards.metrics()})
 
 
 def _step_metrics(
@@ -164,9 +174,9 @@ def _step_metrics(
 
 def _over_updates(name: str, values: Sequence[float]) -> float:
     """A step's value of an update metric: the extreme of extremes, the mean of everything else."""
-    if name.endswith("_max"):
+    if name.endswith(("_max", "/max")):
         return max(values)
-    return min(values) if name.endswith("_min") else sum(values) / len(values)
+    return min(values) if name.endswith(("_min", "/min")) else sum(values) / len(values)
 
 
 def _is_due(step: int, interval: int | None) -> bool:

@@ -1,7 +1,7 @@
 """Responses that one step does not finish: what to ask next, how a continuation joins, and their way to JSON and back.
 
-A response is drawn in pieces of at most --partial-rollout-len tokens, one per step, each under that step's weights and
-with a seed of its own. Its group waits until all of its responses are finished, and is then graded once.
+A response is drawn in pieces of at most --partial-rollout-len tokens, one per generation batch, each under its step's
+weights and with a seed of its own. Its group waits until all of its responses are finished, and is then graded once.
 """
 
 from __future__ import annotations
@@ -65,14 +65,15 @@ def next_requests(
     for i, response in enumerate(group.responses):
         if response.finish_reason is not None:
             continue
-        rest = sampling.max_response_len - len(response.token_ids)
+        num_drawn = len(response.token_ids)
+        rest = sampling.max_response_len - num_drawn
         assert rest > 0, f"{response.uid} is full, and yet unfinished"
         requests.append(
             GenerateRequest(
                 uid=response.uid,
                 prompt_ids=np.concatenate([group.prompt.token_ids, response.token_ids]),
                 sampling=replace(sampling, max_response_len=rest if partial_len is None else min(partial_len, rest)),
-                seed=sampling_seed(seed, step, group.prompt.problem.uid, i),
+                seed=sampling_seed(seed, step, group.prompt.problem.uid, i, num_drawn),
             )
         )
     return requests

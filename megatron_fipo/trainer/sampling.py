@@ -36,7 +36,7 @@ class CollectorSettings:
     seed: int
     rollout_batch_size: int
     n_samples_per_prompt: int
-    generation_batch_size: int  # prompts drawn at a time under dynamic sampling
+    generation_batch_size: int  # groups worked on at a time under dynamic sampling or with partial rollouts
     max_generation_batches: int
     dynamic_sampling: bool
     sampling: SamplingSettings
@@ -117,27 +117,25 @@ class BatchCollector:
     def collect(self, step: int) -> tuple[tuple[Group, ...], dict[str, float]]:
         """The `rollout_batch_size` groups of a step, in prompt order, and how they came about.
 
-        The first generation batch continues every unfinished group, so that a response takes at most
-        ceil(max_response_len / partial_rollout_len) steps. Graded groups of earlier prompts come first (their old
-        log-probs come from the trainer, like all). With dynamic sampling only groups whose accuracies differ are kept
-        (DAPO, arXiv 2503.14476, eq. 11).
+        Every generation batch continues all unfinished groups before it begins others, and every step has one while
+        there are any, so that a response takes at most ceil(max_response_len / partial_rollout_len) steps. Graded
+        groups of earlier prompts come first (their old log-probs come from the trainer, like all). With dynamic
+        sampling only groups whose accuracies differ are kept (DAPO, arXiv 2503.14476, eq. 11).
 
         Raises ValueError when `max_generation_batches` do not fill the batch, RewardFailed when a grader fails, or
         grades nothing of the batch.
         """
         settings = self.settings
         tally = Tally()
-        continued = self.unfinished
         while True:
-            num_kept = len(self.surplus)
+            continued, num_kept = self.unfinished, len(self.surplus)
             num_missing = settings.rollout_batch_size - num_kept
-            if num_missing <= 0 and not continued:
+            if num_missing <= 0 and (tally.num_batches > 0 or not continued):
                 break
             if tally.num_batches == settings.max_generation_batches:
-                raise ValueError(_cannot_fill(num_kept, len(self.unfinished), settings, tally))
-            prompts = [self._next_prompt() for _ in range(_num_prompts(num_missing, settings, tally))]
-            self._generation_batch(step, continued, prompts, tally)
-            continued = []
+                raise ValueError(_cannot_fill(num_kept, len(continued), settings, tally))
+            num_begun = _num_prompts(num_missing, len(continued), settings)
+            self._generation_batch(step, continued, [self._next_prompt() for _ in range(num_begun)], tally)
         batch = self.surplus[: settings.rollout_batch_size]
         if not any(accuracies_of(group) for group in batch):
             raise RewardFailed("no response of the batch could be graded, which --on-reward-error drop cannot help")
@@ -219,7 +217,7 @@ class BatchCollector:
         }
         graded = self._graded([group for group in drawn.values() if group.is_finished])
         tally.add_times(generated - start, self.clock() - generated)
-        tally.add_drawn(completions, num_continued=len(continued), begun=[drawn[id(group)] for group in begun])
+        tally.add_drawn(completions, num_continued=len(continued))
         waiting: list[Group | UnfinishedGroup] = []
         for entry in (*self._waiting, *begun):
             now = drawn.get(id(entry), entry)
@@ -261,17 +259,13 @@ class BatchCollector:
         return replace(sample, reward=sample.result.score + penalty)
 
 
-def _num_prompts(num_missing: int, settings: CollectorSettings, tally: Tally) -> int:
-    """Prompts to begin: a generation batch under dynamic sampling, else what is missing.
-
-    When some of the groups begun in this step did not finish in it, as many more as let the missing ones be expected.
-    """
+def _num_prompts(num_missing: int, num_continued: int, settings: CollectorSettings) -> int:
+    """Prompts to begin: what is missing, or what makes a generation batch of the groups that are continued."""
     if num_missing <= 0:
         return 0
-    if settings.dynamic_sampling:
-        return settings.generation_batch_size
-    expected = -(-num_missing * tally.num_begun_groups // max(tally.num_finished_at_once, 1))
-    return min(max(num_missing, expected), settings.rollout_batch_size)
+    if settings.dynamic_sampling or settings.partial_rollout_len is not None:
+        return max(0, settings.generation_batch_size - num_continued)
+    return max(0, num_missing - num_continued)
 
 
 def _waiting_from_dict(entry: Mapping[str, Any]) -> Group | UnfinishedGroup:
@@ -308,7 +302,7 @@ def _cannot_fill(num_kept: int, num_unfinished: int, settings: CollectorSettings
     if num_unfinished:
         return (
             f"the batch cannot be filled: {found}; {num_unfinished} groups are unfinished. --partial-rollout-len is "
-            f"{settings.partial_rollout_len}, but must be long enough that most groups finish in one step"
+            f"{settings.partial_rollout_len}: raise it, or --max-generation-batches"
         )
     return (
         f"dynamic sampling cannot fill the batch: {found}. Take problems nearer to the model's reach, "

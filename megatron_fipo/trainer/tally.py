@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from megatron_fipo.trainer.partial import UnfinishedGroup
 from megatron_fipo.trainer.rollout_batch import accuracies_of, is_informative
 from megatron_fipo.types import Completion, GraderError, Group, RewardResult
 
@@ -25,8 +24,6 @@ class Tally:
     num_all_wrong: int = 0
     num_samples: int = 0
     num_tokens: int = 0
-    num_begun_groups: int = 0
-    num_finished_at_once: int = 0  # of those begun
     num_continued_groups: int = 0
     reward_errors: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REWARD_ERRORS, 0))
     scores: tuple[float, float] | None = None  # the least and the greatest
@@ -43,15 +40,11 @@ class Tally:
         self.generation_s += generation_s
         self.grading_s += grading_s
 
-    def add_drawn(
-        self, completions: Sequence[Completion], *, num_continued: int, begun: Sequence[UnfinishedGroup]
-    ) -> None:
-        """One generation batch: its answers, and the groups it began as far as they have come."""
+    def add_drawn(self, completions: Sequence[Completion], *, num_continued: int) -> None:
+        """One generation batch: its answers, and how many groups it continued."""
         self.num_batches += 1
         self.num_tokens += sum(len(completion.token_ids) for completion in completions)
         self.num_continued_groups += num_continued
-        self.num_begun_groups += len(begun)
-        self.num_finished_at_once += sum(group.is_finished for group in begun)
 
     def add_graded(self, group: Group, is_kept: bool) -> None:
         """One group with its verdicts."""

@@ -52,7 +52,11 @@ def train(directory: Path, model: Path, **more: Any) -> list[RankOutput]:
     }
     words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
     return run_command_on_ranks(
-        directory, 2, ["-m", "megatron_fipo.train", "--bf16", "--use-tis", *words], 240.0, env={"TORCHDYNAMO_DISABLE": "1"}
+        directory,
+        2,
+        ["-m", "megatron_fipo.train", "--bf16", "--use-tis", *words],
+        240.0,
+        env={"TORCHDYNAMO_DISABLE": "1"},
     )
 
 

@@ -240,38 +240,6 @@ def test_micro_batch_size_is_accepted_with_a_note():
     assert "--max-tokens-per-micro-batch" in note
 
 
-def test_presets_are_the_papers_tables():
-    def row(name):
-        settings = parse("--preset", name)
-        batch, rollout = settings.batch, settings.rollout
-        return (
-            settings.algorithm,
-            (batch.rollout_batch_size, batch.n_samples_per_prompt, batch.num_updates_per_rollout),
-            (rollout.rollout_max_prompt_len, rollout.rollout_max_response_len, rollout.overlong_buffer_len),
-            rollout.over_sampling_batch_size,
-        )
-
-    assert set(PRESETS) == {"fipo-qwen2.5-32b", "dapo-qwen2.5-32b", "fipo-qwen2.5-math-7b", "dapo-qwen2.5-math-7b"}
-    assert row("fipo-qwen2.5-32b") == ("fipo", (512, 16, 8), (2048, 20480, 4096), 2048)
-    assert row("dapo-qwen2.5-32b") == ("dapo", (512, 16, 16), (2048, 20480, 4096), 1536)
-    assert row("fipo-qwen2.5-math-7b") == ("fipo", (512, 32, 8), (2048, 10240, 2048), 2048)
-    assert row("dapo-qwen2.5-math-7b") == ("dapo", (512, 16, 16), (2048, 8192, 4096), 1536)
-    ppo = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 10.0, "loss_agg": "token-mean"}
-    assert parse("--preset", "fipo-qwen2.5-32b").loss == FIPOSettings(**ppo, half_life=32, semantics="released")
-    assert parse("--preset", "fipo-qwen2.5-math-7b").loss == FIPOSettings(
-        **ppo, half_life=32, influence_low=0.8, influence_high=1.2, safety_threshold=3, semantics="released"
-    )
-    assert parse("--preset", "dapo-qwen2.5-math-7b").loss == PPOSettings(**ppo)
-    for name in PRESETS:
-        settings = parse("--preset", name)
-        assert (settings.megatron.lr, settings.megatron.lr_warmup_iters) == (1e-6, 10)
-        assert (settings.megatron.weight_decay, settings.megatron.clip_grad) == (0.1, 1.0)
-        assert (settings.data.n_samples_per_eval_prompt, settings.data.eval_top_p) == (32, 0.7)
-        assert (settings.data.eval_temperature, settings.run.eval_interval) == (1.0, 5)
-        assert settings.rollout.dynamic_sampling is True
-        assert settings.rollout.max_generation_batches == 10
-
-
 def test_explicit_flags_win_over_the_preset_whatever_the_order():
     for flags in (
         ["--preset", "fipo-qwen2.5-math-7b", "--lr", "2e-6"],

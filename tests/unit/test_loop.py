@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ import torch.distributed as dist
 from megatron_fipo.config import CorrectionSettings, FIPOSettings, PPOSettings
 from megatron_fipo.metrics.run_logger import RunLogger
 from megatron_fipo.parallel import ParallelLayout
+from megatron_fipo.run_config import GuardSettings
 from megatron_fipo.trainer.agreement import EngineDisagrees
+from megatron_fipo.trainer.guards import Guards, GuardStopped
 from megatron_fipo.trainer.loop import Rollout, Run, train
 from megatron_fipo.types import TrainSequence
 
@@ -129,7 +131,7 @@ def make_run(world: World, control: dist.ProcessGroup, run_dir: Path, *, num_ste
         "eval_interval": None,
         "save_interval": None,
         "engine_mismatch_limit": 1.0,
-        "check": lambda record: [],
+        "guards": Guards(GuardSettings()),
     }
     resume_step = options.pop("resume_step", None)
     log = RunLogger(run_dir, total_steps=num_steps, resume_step=resume_step)
@@ -332,13 +334,12 @@ def test_what_the_guards_say_is_shown_and_what_they_stop_is_not_saved(
 ) -> None:
     world = World()
 
-    def check(record: Mapping[str, Any]) -> list[str]:
-        if record["step"] == 2:
-            raise RuntimeError("entropy collapse")
-        return [f"length collapse: {record['step']}"]
-
-    with pytest.raises(RuntimeError, match="entropy collapse"):
-        train(make_run(world, control, tmp_path, num_steps=3, save_interval=1, check=check), first_step=0)
-    assert "length collapse: 1" in capsys.readouterr().err
+    settings = GuardSettings(entropy_floor=2.0, guard_noise_gauge="stop", noise_gauge_limit=0.025)
+    with pytest.raises(GuardStopped, match=r"step 2: noise_gauge: .*0\.03"):
+        run = make_run(world, control, tmp_path, num_steps=3, save_interval=1, guards=Guards(settings))
+        train(run, first_step=0)
+    assert "warning: step 1: entropy_collapse: the mean entropy is 1.5" in capsys.readouterr().err
     assert [entry for entry in world.diary if entry[0] == "save"] == [("save", 1)]
-    assert [record["step"] for record in records(tmp_path)] == [1, 2], "the step that was stopped is on record"
+    first, second = records(tmp_path)
+    assert (first["guards/noise_gauge"], first["guards/entropy_collapse"]) == (0.0, 1.0)
+    assert second["guards/noise_gauge"] == 1.0, "the step that was stopped is on record"

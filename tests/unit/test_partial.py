@@ -15,7 +15,7 @@ from fake_rollouts import END, ScriptedEngine, calls_of, make_collector, to_prom
 from megatron_fipo.trainer.generation import Response, sampling_seed
 from megatron_fipo.trainer.partial import UnfinishedGroup, begun_group, joined, next_requests
 from megatron_fipo.trainer.sampling import BatchCollector
-from megatron_fipo.types import Completion, Problem, SamplingSettings
+from megatron_fipo.types import Completion, GenerateRequest, Problem, SamplingSettings
 
 SAMPLING = SamplingSettings(max_response_len=20)
 
@@ -30,7 +30,12 @@ def text_of(uid: str) -> str:
 
 
 def partial_collector(**changes: Any) -> BatchCollector:
-    options: dict[str, Any] = {"partial_rollout_len": 8, "dynamic_sampling": False, "sampling": SAMPLING}
+    options: dict[str, Any] = {
+        "partial_rollout_len": 8,
+        "dynamic_sampling": False,
+        "sampling": SAMPLING,
+        "generation_batch_size": 14,
+    }
     return make_collector(ScriptedEngine(text_of), **{**options, **changes})
 
 
@@ -41,12 +46,19 @@ def collected(collector: BatchCollector, step: int) -> tuple[Any, dict[str, floa
     return collector.collect(step)
 
 
+def ends_within(request: GenerateRequest) -> bool:
+    """Whether this piece is the response's last."""
+    prompt = to_prompt(Problem("", f"question {request.uid[1:].partition('/')[0]}", "")).token_ids
+    so_far = len(request.prompt_ids) - len(prompt)
+    return min(len(text_of(request.uid)) + 1, 20) <= so_far + request.sampling.max_response_len
+
+
 def sample_of(groups: Sequence[Any], uid: str) -> Any:
     return next(sample for group in groups for sample in group.samples if sample.uid == uid)
 
 
 def test_an_over_long_response_is_continued_in_the_next_steps_under_their_weights() -> None:
-    collector = partial_collector()
+    collector = partial_collector(generation_batch_size=20)  # enough groups that no step needs a second batch
     steps = {step: collected(collector, step) for step in (1, 2, 3)}
     assert "p0" not in uids(steps[1][0]) + uids(steps[2][0])
     groups, metrics = steps[3]
@@ -67,21 +79,24 @@ def test_an_over_long_response_is_continued_in_the_next_steps_under_their_weight
     last = asked["p0/1"]
     prompt = to_prompt(Problem("p0", "question 0", "")).token_ids
     assert last.prompt_ids.tolist() == [*prompt.tolist(), *sample.response_ids[:16].tolist()]
-    assert last.seed == sampling_seed(11, 3, "p0", 1)
+    assert last.seed == sampling_seed(11, 3, "p0", 1, 16)
     assert last.sampling.max_response_len == 4  # 20 in all
 
 
-def test_no_step_adds_more_than_the_limit_to_a_response_and_each_continues_all() -> None:
+def test_no_call_adds_more_than_the_limit_to_a_response_and_each_continues_all() -> None:
     collector = partial_collector(max_generation_batches=30)
     for step in range(1, 12):
         before = {r.uid for group in collector.unfinished for r in group.responses if r.finish_reason is None}
         first_call = len(calls_of(collector))
         collected(collector, step)
-        calls = calls_of(collector)[first_call:]
-        asked = [request for call in calls for request in call]
-        assert len({request.uid for request in asked}) == len(asked)
-        assert all(request.sampling.max_response_len <= 8 for request in asked)
-        assert before <= {request.uid for request in asked[: len(calls[0]) if calls else 0]}
+        for call in calls_of(collector)[first_call:]:
+            asked = {request.uid for request in call}
+            assert len(asked) == len(call)
+            assert all(request.sampling.max_response_len <= 8 for request in call)
+            assert before <= asked
+            goes_on = {request.uid for request in call if not ends_within(request)}
+            before = goes_on
+        assert before == {r.uid for group in collector.unfinished for r in group.responses if r.finish_reason is None}
         for group in collector.unfinished:
             assert all(len(r.token_ids) in (8, 16) for r in group.responses if r.finish_reason is None)
             # at most ceil(20 / 8) = 3 steps for any response: two behind it, and one to come
@@ -193,12 +208,22 @@ def test_the_batch_is_full_and_in_prompt_order_and_few_groups_wait() -> None:
     assert np.mean(batches) < 3
 
 
-def test_a_length_that_nothing_finishes_in_is_an_error_that_names_the_flag() -> None:
-    collector = partial_collector(partial_rollout_len=2, max_generation_batches=3)
+def test_a_batch_that_needs_unfinished_groups_gets_them_in_the_same_step() -> None:
+    collector = partial_collector(partial_rollout_len=2, generation_batch_size=7)
+    groups, metrics = collected(collector, 1)
+    assert len(groups) == 6
+    assert metrics["num_gen_batches"] > 2
+    assert all(set(sample.token_versions.tolist()) == {0} for group in groups for sample in group.samples)
+    pieces = [request for call in calls_of(collector) for request in call if request.uid == groups[0].samples[0].uid]
+    assert len({request.seed for request in pieces}) == len(pieces) > 1
+
+
+def test_a_step_that_its_generation_batches_do_not_fill_is_an_error_that_names_the_flag() -> None:
+    collector = partial_collector(partial_rollout_len=2, max_generation_batches=2)
     with pytest.raises(
         ValueError,
-        match=r"after 3 generation batches .* has 0 of 6 groups; .* 18 groups are unfinished. --partial-rollout-len is "
-        "2, but must be long enough that most groups finish in one step",
+        match=r"after 2 generation batches .* has 0 of 6 groups; .* 14 groups are unfinished. --partial-rollout-len is "
+        "2: raise it, or --max-generation-batches",
     ):
         collected(collector, 1)
 
