@@ -141,9 +141,11 @@ def make(args: argparse.Namespace) -> int:
     """Write training problems of a seeded task, and with --eval-out its held-out ones, which share no question."""
     out = _output(args.out, args)
     eval_out = None if args.eval_out is None else _output(args.eval_out, args)
-    settings = DataSettings(
-        task=args.task, task_args=json.loads(args.task_args), num_eval_problems=args.num_eval_problems
-    )
+    try:
+        task_args = json.loads(args.task_args)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--task-args is {args.task_args!r}, which is not JSON: {error}") from error
+    settings = DataSettings(task=args.task, task_args=task_args, num_eval_problems=args.num_eval_problems)
     source, held_out, _ = make_sources(settings, args.seed)
     found: dict[str, Problem] = {}
     drawn = 0

@@ -184,7 +184,7 @@ def jsonl_rows(file: Path, progress: Progress | None = None) -> Iterator[tuple[i
 def parsed_line(file: Path, number: int, line: bytes) -> dict[str, Any]:
     """The object on a JSONL line. Raises ValueError naming the line when there is none."""
     try:
-        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip())
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}, line {number}: not UTF-8 text ({error.reason})") from error
     except json.JSONDecodeError as error:

@@ -39,13 +39,17 @@ class ControlTokens:
         joined = "".join(texts)
         return Hidden(next(chr(i) for i in PRIVATE_USE if chr(i) not in joined), self._spellings)
 
+    def count(self, text: str) -> int:
+        """How many control tokens are spelled in `text`."""
+        return len(self._spellings.findall(text)) if self._spellings is not None else 0
+
     def encode(self, text: str, hidden: Hidden, *, add_special_tokens: bool) -> list[int]:
         """The token ids of a rendered text in which `hidden` hid spellings.
 
         Raises ValueError when the template tore a placeholder, and when a spelling is hidden but the tokenizer is not
         one of the library tokenizers, which alone can be copied.
         """
-        expected = len(self._spellings.findall(text)) if self._spellings is not None else 0
+        expected = self.count(text)
         if not hidden.spellings:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
             found = sum(i in self._ids for i in ids)
@@ -112,6 +116,10 @@ class Hidden:
             return f"{self.marker}{len(self.spellings) - 1}{self.marker}"
 
         return self._pattern.sub(placeholder, text)
+
+    def cover(self, text: str) -> str:
+        """A placeholder for all of `text`, unless it is blank; for finding out what a template itself writes."""
+        return f"{self.marker}{self.marker}" if text.strip() else text
 
     def renamed(self, id_of: dict[str, int]) -> dict[str, str]:
         """A spelling for every control token that no text of this problem holds, nor a placeholder."""

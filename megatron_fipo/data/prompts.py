@@ -6,7 +6,7 @@ What a problem says is text: a control token spelled in it is not that token (da
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -71,30 +71,10 @@ class PromptEncoder:
         if not problem.prompt:
             raise ValueError(f"problem {problem.uid}: the prompt is empty")
         hidden = self._control.hidden(_said(problem))
-        if isinstance(problem.prompt, str):
-            text = hidden.hide(problem.prompt)
-            if self.format.prompt_template is not None:
-                text = self.format.prompt_template.replace("{prompt}", text)
-            if self.format.apply_chat_template:
-                ids = self._encode_chat(problem, [{"role": "user", "content": text}], hidden)
-            else:
-                if self.format.system_prompt is not None:
-                    raise ValueError(
-                        f"--system-prompt is {self.format.system_prompt!r}, but problem {problem.uid} is a text that "
-                        "goes through no chat template; add --apply-chat-template, or use --prompt-template"
-                    )
-                begins = bool(self.tokenizer.bos_token) and text.startswith(str(self.tokenizer.bos_token))
-                ids = self._control.encode(text, hidden, add_special_tokens=not begins)
+        if isinstance(problem.prompt, str) and not self.format.apply_chat_template:
+            ids = self._encode_text(problem, problem.prompt, hidden)
         else:
-            if self.format.prompt_template is not None:
-                raise ValueError(
-                    f"--prompt-template is {self.format.prompt_template!r}, but the prompt of problem {problem.uid} is "
-                    "a list of chat messages; it stands around texts only"
-                )
-            messages = [
-                {**m, "role": hidden.hide(m["role"]), "content": hidden.hide(m["content"])} for m in problem.prompt
-            ]
-            ids = self._encode_chat(problem, messages, hidden)
+            ids = self._encode_chat(problem, hidden)
         if problem.response_prefix:
             prefix = self._control.hidden([problem.response_prefix])
             ids = ids + self._control.encode(prefix.hide(problem.response_prefix), prefix, add_special_tokens=False)
@@ -102,21 +82,55 @@ class PromptEncoder:
             raise ValueError(f"problem {problem.uid}: the tokenizer makes no token of its prompt {problem.prompt!r}")
         return ids
 
-    def _encode_chat(self, problem: Problem, messages: list[dict[str, str]], hidden: Hidden) -> list[int]:
+    def _encode_text(self, problem: Problem, prompt: str, hidden: Hidden) -> list[int]:
+        if self.format.system_prompt is not None:
+            raise ValueError(
+                f"--system-prompt is {self.format.system_prompt!r}, but problem {problem.uid} is a text that goes "
+                "through no chat template; add --apply-chat-template, or use --prompt-template"
+            )
+        text = self._in_template(hidden.hide(prompt))
+        begins_itself = bool(self.tokenizer.bos_token) and text.startswith(str(self.tokenizer.bos_token))
+        return self._control.encode(text, hidden, add_special_tokens=not begins_itself)
+
+    def _encode_chat(self, problem: Problem, hidden: Hidden) -> list[int]:
         if not self.tokenizer.chat_template:
             raise ValueError(
                 f"problem {problem.uid}: its prompt is for a chat template (messages, or --apply-chat-template), but "
                 "the tokenizer in --hf-checkpoint has none"
             )
-        if self.format.system_prompt is not None:
-            if messages[0]["role"] == "system":
-                raise ValueError(
-                    f"--system-prompt is {self.format.system_prompt!r}, but problem {problem.uid} begins with a "
-                    "system message of its own"
-                )
-            messages = [{"role": "system", "content": self.format.system_prompt}, *messages]
-        text = _render(problem, self.tokenizer, messages)
+        text = _render(problem, self.tokenizer, self._messages(problem, hidden.hide))
+        outline = _render(problem, self.tokenizer, self._messages(problem, hidden.cover))
+        if self._control.count(text) != self._control.count(outline):
+            raise ValueError(
+                f"problem {problem.uid}: the tokenizer's chat template makes a control token of what a message says: "
+                f"{text[:200]!r}"
+            )
         return self._control.encode(text, hidden, add_special_tokens=False)
+
+    def _messages(self, problem: Problem, hide: Callable[[str], str]) -> list[dict[str, str]]:
+        """The chat messages, with `hide` applied to what the problem says in them."""
+        system_prompt, template = self.format.system_prompt, self.format.prompt_template
+        if isinstance(problem.prompt, str):
+            messages = [{"role": "user", "content": self._in_template(hide(problem.prompt))}]
+        elif template is not None:
+            raise ValueError(
+                f"--prompt-template is {template!r}, but the prompt of problem {problem.uid} is a list of chat "
+                "messages; it stands around texts only"
+            )
+        else:
+            messages = [{"role": m["role"], "content": hide(m["content"])} for m in problem.prompt]
+        if system_prompt is None:
+            return messages
+        if messages[0]["role"] == "system":
+            raise ValueError(
+                f"--system-prompt is {system_prompt!r}, but problem {problem.uid} begins with a system message of its "
+                "own"
+            )
+        return [{"role": "system", "content": system_prompt}, *messages]
+
+    def _in_template(self, text: str) -> str:
+        template = self.format.prompt_template
+        return text if template is None else template.replace("{prompt}", text)
 
 
 def tokenize_problem(
@@ -148,9 +162,7 @@ def fitting_prompt(problem: Problem, ids: Sequence[int], max_prompt_len: int, *,
 
 def _said(problem: Problem) -> list[str]:
     """Every text of the problem that a template may show."""
-    if isinstance(problem.prompt, str):
-        return [problem.prompt]
-    return [text for message in problem.prompt for text in (message["role"], message["content"])]
+    return [problem.prompt] if isinstance(problem.prompt, str) else [m["content"] for m in problem.prompt]
 
 
 def _render(problem: Problem, tokenizer: Tokenizer, messages: list[dict[str, str]]) -> str:

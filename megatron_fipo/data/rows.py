@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from megatron_fipo.types import Problem
+
+ROLE = re.compile(r"[A-Za-z0-9_-]{1,64}")  # a template may compare roles, so they are not hidden as texts are
 
 
 def problem_of_row(where: str, uid: str, row: dict[str, Any], input_key: str, label_key: str) -> Problem:
@@ -81,6 +84,10 @@ def _checked_prompt(where: str, key: str, value: Any) -> str | tuple[Mapping[str
             raise ValueError(
                 f"{where}: the prompt {key!r} holds the message {shown(message)}, "
                 'wanted {"role": text, "content": text}'
+            )
+        if not ROLE.fullmatch(message["role"]):
+            raise ValueError(
+                f"{where}: the prompt {key!r} holds the role {shown(message['role'])}, wanted letters, digits, _ and -"
             )
     if not any(message["content"].strip() for message in value):
         raise ValueError(f"{where}: the prompt {key!r} is empty: no message says anything")

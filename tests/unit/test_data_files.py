@@ -118,6 +118,10 @@ GOOD = json.dumps(ROWS[0]).encode() + b"\n"
             GOOD + b'{"prompt": [{"role": "user", "content": " "}], "label": "1"}',
             r"line 2: the prompt 'prompt' is empty: no message says anything",
         ),
+        (
+            GOOD + b'{"prompt": [{"role": "a <|im_end|>", "content": "x"}], "label": "1"}',
+            r"line 2: the prompt 'prompt' holds the role 'a <\|im_end\|>', wanted letters",
+        ),
         (GOOD + b'{"prompt": " ", "label": "1"}', r"line 2: the prompt 'prompt' is empty"),
         (GOOD + b'{"prompt": [], "label": "1"}', r"line 2: the prompt 'prompt' is \[\]"),
         (GOOD + b'{"prompt": 5, "label": "1"}', r"line 2: the prompt 'prompt' is 5"),
