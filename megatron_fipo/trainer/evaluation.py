@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from megatron_fipo.data.prompts import Tokenizer
 from megatron_fipo.data_config import OnRewardError
 from megatron_fipo.trainer.evaluation_report import write_problem_table
-from megatron_fipo.trainer.evaluation_result import EvaluatedProblem, EvaluatedResponse, EvaluationResult, Example
+from megatron_fipo.trainer.evaluation_result import (
+    EvaluatedProblem,
+    EvaluatedResponse,
+    EvaluationResult,
+    Example,
+    summary,
+)
 from megatron_fipo.trainer.generation import Generate, Grader, RewardFailed, generate_groups, grade_groups
 from megatron_fipo.types import GraderError, Prompt, Sample, SamplingSettings
 
@@ -91,20 +95,6 @@ def evaluation_result(name: str, problems: Sequence[EvaluatedProblem], seed: int
             f"{result.errors[0]}"
         )
     return result
-
-
-def summary(results: Sequence[EvaluationResult]) -> dict[str, float]:
-    """An evaluation in a few numbers: means over its data sets, each data set weighing the same.
-
-    `accuracy` is the mean of avg@k; `num_reward_errors` is a sum.
-    """
-    return {
-        "accuracy": float(np.mean([result.accuracy for result in results])),
-        "score/mean": float(np.mean([result.score for result in results])),
-        "response_length/mean": float(np.mean([result.response_length for result in results])),
-        "response_length/truncated_fraction": float(np.mean([result.truncated_fraction for result in results])),
-        "num_reward_errors": float(sum(len(result.errors) for result in results)),
-    }
 
 
 def _response(sample: Sample) -> EvaluatedResponse:

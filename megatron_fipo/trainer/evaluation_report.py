@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from megatron_fipo.metrics.scores import majority_votes
-from megatron_fipo.trainer.evaluation_result import EvaluationResult, subset_sizes
+from megatron_fipo.trainer.evaluation_result import EvaluationResult, subset_sizes, summary
 
 MAX_ANSWER_CHARACTERS = 60
 
@@ -110,16 +111,42 @@ def write_problem_table(result: EvaluationResult, directory: str | Path, step: i
     path = Path(directory) / f"step_{step:06d}_{file_name(result.name)}.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     title = f"# Evaluation after {_count(step, 'step')}"
-    text = f"{title}\n\n{scores_markdown([result])}\n{problems_markdown(result)}"
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(aside, path)
+    _replace(path, f"{title}\n\n{scores_markdown([result])}\n{problems_markdown(result)}")
     return path
+
+
+def write_results(
+    directory: str | Path, title: str, settings: Mapping[str, Any], results: Sequence[EvaluationResult]
+) -> tuple[Path, Path]:
+    """Write results.json and results.md to `directory`, each in one go: settings, scores, and every problem."""
+    means = summary(results)
+    data = {
+        "title": title,
+        "summary": means,
+        "data_sets": [result_as_json(result) for result in results],
+        "settings": dict(settings),
+    }
+    lines = [f"# {title}", "", f"Accuracy, the mean over data sets of avg@k: **{means['accuracy']:.4f}**.", ""]
+    text = "\n".join([*lines, scores_markdown(results)])
+    for result in results:
+        text += f"\n## Problems of {_text(result.name)}\n\n{problems_markdown(result)}"
+    text += "\n## Settings\n\n"
+    text += "".join(f"* {_text(name)}: `{json.dumps(value)}`\n" for name, value in settings.items())
+    paths = Path(directory) / "results.json", Path(directory) / "results.md"
+    _replace(paths[0], json.dumps(data, indent=1, allow_nan=False) + "\n")
+    _replace(paths[1], text)
+    return paths
 
 
 def file_name(name: str) -> str:
     """A data set's name as part of a file's."""
     return re.sub(r"[^\w.-]", "_", name)[:100]
+
+
+def _replace(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(text, encoding="utf-8", errors="backslashreplace")
+    os.replace(aside, path)
 
 
 def _cell(found: dict[str, float], name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -180,6 +181,20 @@ class EvaluationResult:
     def _generator(self, what: str, k: int) -> np.random.Generator:
         """For one estimate, whichever others are made."""
         return np.random.default_rng([self.seed, zlib.crc32(f"{self.name} {what}".encode()), k])
+
+
+def summary(results: Sequence[EvaluationResult]) -> dict[str, float]:
+    """An evaluation in a few numbers: means over its data sets, each data set weighing the same.
+
+    `accuracy` is the mean of avg@k; `num_reward_errors` is a sum.
+    """
+    return {
+        "accuracy": float(np.mean([result.accuracy for result in results])),
+        "score/mean": float(np.mean([result.score for result in results])),
+        "response_length/mean": float(np.mean([result.response_length for result in results])),
+        "response_length/truncated_fraction": float(np.mean([result.truncated_fraction for result in results])),
+        "num_reward_errors": float(sum(len(result.errors) for result in results)),
+    }
 
 
 def subset_sizes(n: int) -> list[int]:
