@@ -172,7 +172,7 @@ def run_once(
                 eval_interval=setup.eval_interval,
                 save_interval=None,
                 engine_mismatch_limit=1e-3,
-                check=Guards(GuardSettings()).check,
+                guards=Guards(GuardSettings()),
                 log=log,
             ),
             first_step=0,
@@ -204,10 +204,10 @@ def warmed_up(seed: int, setup: Setup) -> dict[str, torch.Tensor]:
 
 def _make_runs(directory: Path, seeds: Sequence[int], algorithms: Sequence[str], setup: Setup) -> None:
     plan = [(seed, algorithm) for seed in seeds for algorithm in algorithms]
-    missing = [run for run in plan if not _is_done(_result_path(directory, *run), setup)]
+    missing = [run for run in plan if not is_done(_result_path(directory, *run), setup)]
     _say(f"{len(plan)} runs, {len(plan) - len(missing)} of them are there")
     started = time.monotonic()
-    with GraderPool(REWARD, timeout_s=10.0, memory_bytes=2**30, num_workers=1) as graders, _one_process() as control:
+    with GraderPool(REWARD, timeout_s=10.0, memory_bytes=2**30, num_workers=1) as graders, one_process() as control:
         for number, (seed, algorithm) in enumerate(missing, start=1):
             start = _start_weights(directory, seed, setup)
             run_started = time.monotonic()
@@ -297,7 +297,7 @@ def _curves(evaluations: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[st
     }
 
 
-def _is_done(path: Path, setup: Setup) -> bool:
+def is_done(path: Path, setup: Setup) -> bool:
     """Whether a run's result is there. Raises ValueError when it was made with another setup."""
     if not path.exists():
         return False
@@ -319,7 +319,7 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _one_process() -> Iterator[dist.ProcessGroup]:
+def one_process() -> Iterator[dist.ProcessGroup]:
     """A gloo job of this process alone, which is what the loop talks over."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
