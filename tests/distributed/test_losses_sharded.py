@@ -69,7 +69,18 @@ def broken_pack() -> dict[str, Tensor]:
     return pack
 
 
-PACKS = {"mixed": mixed_pack, "lonely": lonely_pack, "broken": broken_pack}
+def weighted_pack() -> dict[str, Tensor]:
+    """Token weights, a third of them 0, and reference log-probs; neither is a number off the mask."""
+    pack = mixed_pack()
+    generator = torch.Generator().manual_seed(1)
+    weights, noise = torch.rand(2, len(pack["mask"]), generator=generator, dtype=torch.float64)
+    weights = torch.where(weights < 1 / 3, 0.0, 2 * weights)
+    pack["token_weights"] = torch.where(pack["mask"], weights, torch.nan)
+    pack["reference_logprobs"] = torch.where(pack["mask"], pack["new"] + noise - 0.5, torch.nan)
+    return pack
+
+
+PACKS = {"mixed": mixed_pack, "lonely": lonely_pack, "broken": broken_pack, "weighted": weighted_pack}
 
 
 def all_cases() -> Iterator[tuple[str, str, PPOSettings, dict[str, Any]]]:
@@ -84,6 +95,10 @@ def all_cases() -> Iterator[tuple[str, str, PPOSettings, dict[str, Any]]]:
                 yield f"fipo/{pack}/{semantics}/{loss_agg}/{fused}", pack, settings, options
             plain = PPOSettings(dual_clip=None if fused else 10.0, loss_agg=loss_agg)  # type: ignore[arg-type]
             yield f"dapo/{pack}/{loss_agg}/{fused}", pack, plain, options
+        options = {"max_response_len": 100, "fused": fused, "num_sequences": NUM_REAL, "kl_coef": 0.3}
+        for name, base in (("fipo", dataclasses.replace(BASE, semantics="released")), ("grpo", PPOSettings())):
+            settings = dataclasses.replace(base, loss_agg=loss_agg)  # type: ignore[arg-type]
+            yield f"{name}/weighted/{loss_agg}/{fused}", "weighted", settings, options
     yield "fipo/mixed/denominator", "mixed", dataclasses.replace(BASE, semantics="released"), {"denominator": 1.0}
 
 
@@ -96,6 +111,8 @@ def score(inputs: dict[str, Tensor], name: str, settings: PPOSettings, options: 
         inputs["mask"],
         settings,
         cu_seqlens=inputs["cu_seqlens"],
+        token_weights=inputs.get("token_weights"),
+        reference_logprobs=inputs.get("reference_logprobs"),
         **options,
     )
     loss.backward()
@@ -188,7 +205,9 @@ def test_shares_add_up_to_the_whole(num_ranks: int, ranks: list[dict[str, Any]])
         num_dropped += int(whole["loss_mask"].sum() < whole_inputs["mask"].sum())
         if pack == "broken":
             assert whole["loss"].isnan()
+        if pack == "weighted":
+            assert whole["metrics"]["kl_loss"] > 0.01
         if pack == "lonely" and options.get("fused"):
             assert sorted(int(share["token_stats"]["shift"].numel()) for share in shares) == [0] * (num_ranks - 1) + [8]
     # released semantics: the sequences whose dual-clipped tokens lie apart; without the exchange none would go
-    assert num_dropped == 2 * (len(LOSS_AGGREGATIONS) + 1) + 1
+    assert num_dropped == 2 * (2 * len(LOSS_AGGREGATIONS) + 1) + 1

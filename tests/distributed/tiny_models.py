@@ -82,6 +82,8 @@ def make_sequences(num: int, *, seed: int = 0) -> list[TrainSequence]:
         mask[prompt - 1 : length - 1] = True
         if response > 6:
             mask[prompt + 2 : prompt + 4] = False
+        if i == 10:
+            mask[: prompt + 1] = False  # the response begins with a hole
         if i == 2:
             mask[:] = False
         token_ids = rng.integers(0, VOCAB, length)

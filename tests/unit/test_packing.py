@@ -125,6 +125,29 @@ def test_shared_prompts_are_computed_once_and_every_token_finds_its_row():
     assert apart.labels.tolist() == batch.labels[:16].tolist()
 
 
+def test_a_response_that_begins_with_a_hole_is_shared_as_far_as_its_tokens_are_the_same():
+    def sequence(hole: list[int], response: list[int]) -> TrainSequence:
+        tokens = [5, 6, *hole, *response]
+        return make_sequence(tokens, [0] * (1 + len(hole)) + [1] * len(response) + [0])
+
+    # what comes before the first trained token is as good as a prompt: nothing before it has a gradient of its own
+    sequences = [sequence([7, 7], [1, 2]), sequence([7, 7], [3]), sequence([7, 8], [4])]
+    batch = pack(sequences, range(3), share_prompts=True)
+    assert batch.token_ids.tolist() == [5, 6, 7, 7, 1, 2, 3, 5, 6, 7, 8, 4]
+    assert batch.rows.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 6, 7, 8, 9, 10, 11]
+    assert batch.labels[batch.loss_mask].tolist() == [1, 2, 3, 4]
+
+
+def test_reference_logprobs_are_packed_as_old_ones_are() -> None:
+    sequences = [make_sequence([5, 6, 7], [1, 1, 0]), make_sequence([1, 2], [1, 0])]
+    logprobs = [torch.tensor([-1.0, -2.0, 0.0]), torch.tensor([-3.0, 0.0])]
+    batch = pack(sequences, [1, 0], reference_logprobs=logprobs, cp_size=2, cp_rank=1)
+    wanted = pack(sequences, [1, 0], old_logprobs=logprobs, cp_size=2, cp_rank=1)
+    assert batch.old_logprobs is wanted.reference_logprobs is None
+    assert batch.reference_logprobs.tolist() == wanted.old_logprobs.tolist()
+    assert any(wanted.old_logprobs.tolist())
+
+
 def test_micro_batches_keep_a_shared_prompt_together_up_to_the_budget():
     def sequence(first: int) -> TrainSequence:
         mask = np.array([False, False, True, True, False])
