@@ -105,10 +105,12 @@ class RolloutSide:
 
     def collect(self, step: int) -> Rollout:
         """Generate a step's batch, and write it down where the user asked for that."""
+        before = self._problems.prompt_counts()
         groups, metrics = self.collector.collect(step)
+        metrics |= {name: count - before[name] for name, count in self._problems.prompt_counts().items()}
         if self.settings.rollout.record_rollouts is not None:
             write_rollouts(self.settings.rollout.record_rollouts, step, groups, metrics)
-        return as_rollout(groups, {**metrics, **self._problems.prompt_counts()}, self.settings)
+        return as_rollout(groups, metrics, self.settings)
 
     def evaluate(self) -> list[EvaluationResult]:
         """Every set of held-out problems under the engines' current weights."""

@@ -129,7 +129,7 @@ def test_the_users_own_functions_are_what_runs(finished: Path) -> None:
 def test_what_was_left_out_is_counted(finished: Path) -> None:
     steps = records(finished, "metrics.jsonl")
     assert sum(step["num_reward_errors"] for step in steps) > 0
-    assert steps[-1]["num_prompts_skipped"] <= len(TOO_LONG) + len(PROBLEMS)
+    assert all(step["num_prompts_skipped"] <= len(TOO_LONG) for step in steps)
     assert all(step["num_samples"] == 16 for step in steps)
 
 

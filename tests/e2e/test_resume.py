@@ -42,7 +42,7 @@ def train(directory: Path, model: Path, **more: Any) -> list[RankOutput]:
         "rollout-max-response-len": 24,
         "max-tokens-per-micro-batch": 128,
         "overlong-buffer-len": 4,
-        "partial-rollout-len": 12,
+        "partial-rollout-len": 9,
         "partial-rollout-older-tokens": "correct",
         "kl-coef": 0.01,
         "lr": 1e-3,
@@ -51,13 +51,8 @@ def train(directory: Path, model: Path, **more: Any) -> list[RankOutput]:
         **{name.replace("_", "-"): value for name, value in more.items()},
     }
     words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
-    return run_command_on_ranks(
-        directory,
-        2,
-        ["-m", "megatron_fipo.train", "--bf16", "--use-tis", *words],
-        240.0,
-        env={"TORCHDYNAMO_DISABLE": "1"},
-    )
+    command = ["-m", "megatron_fipo.train", "--bf16", "--use-tis", *words]
+    return run_command_on_ranks(directory, 2, command, 240.0, env={"TORCHDYNAMO_DISABLE": "1"})
 
 
 def assert_finished(outputs: list[RankOutput]) -> None:
@@ -85,11 +80,25 @@ def changes(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> list[s
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_chat_model: Path) -> Path:
+def stopping_model(tmp_path_factory: pytest.TempPathFactory, tiny_chat_model: Path) -> Path:
+    """The tiny model, whose turn ends at any capital letter too: its responses differ in length."""
+    directory = tmp_path_factory.mktemp("stopping") / "model"
+    shutil.copytree(tiny_chat_model, directory)
+    tokenizer = json.loads((directory / "tokenizer.json").read_text())
+    ends = [tokenizer["model"]["vocab"][letter] for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
+    for name in ("config.json", "generation_config.json"):
+        config = json.loads((directory / name).read_text())
+        config["eos_token_id"] = [config["eos_token_id"], *ends]
+        (directory / name).write_text(json.dumps(config))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, stopping_model: Path) -> Path:
     """The directory of a run of NUM_STEPS steps: out/, checkpoints/, rollouts/; and `saved/`, as it stood half-way."""
     directory = tmp_path_factory.mktemp("undisturbed")
     flags = {"save": "checkpoints", "save_interval": SAVED_STEP, "record_rollouts": "rollouts", "output_dir": "out"}
-    assert_finished(train(directory, tiny_chat_model, **flags))
+    assert_finished(train(directory, stopping_model, **flags))
     name = f"step_{SAVED_STEP:07d}"
     shutil.copytree(directory / "checkpoints" / name, directory / "saved" / name)
     (directory / "saved" / "latest").write_text(name)
@@ -109,10 +118,10 @@ def test_the_undisturbed_run_is_worth_comparing(undisturbed: Path) -> None:
 
 
 def test_a_resumed_run_repeats_generation_and_training_bit_for_bit(
-    undisturbed: Path, tiny_chat_model: Path, tmp_path: Path
+    undisturbed: Path, stopping_model: Path, tmp_path: Path
 ) -> None:
     flags = {"load": undisturbed / "saved", "save": "checkpoints", "output_dir": "out"}
-    assert_finished(train(tmp_path, tiny_chat_model, **flags))
+    assert_finished(train(tmp_path, stopping_model, **flags))
     assert changes(records(tmp_path / "out"), records(undisturbed / "out")[SAVED_STEP:]) == []
     wanted = [record for record in records(undisturbed / "out", "evaluations.jsonl") if record["step"] > SAVED_STEP]
     assert [record["step"] for record in wanted] == [3, 4]
@@ -129,20 +138,20 @@ def test_a_resumed_run_repeats_generation_and_training_bit_for_bit(
 
 
 def test_a_run_resumed_in_its_own_directory_drops_what_came_after_the_checkpoint(
-    undisturbed: Path, tiny_chat_model: Path, tmp_path: Path
+    undisturbed: Path, stopping_model: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(undisturbed / "out", tmp_path / "out")
     recorded = undisturbed / "rollouts"
     flags = {"load": undisturbed / "saved", "replay_rollouts": recorded, "output_dir": "out"}
-    assert_finished(train(tmp_path, tiny_chat_model, **flags))
+    assert_finished(train(tmp_path, stopping_model, **flags))
     assert changes(records(tmp_path / "out"), records(undisturbed / "out")) == []
 
 
 def test_recorded_rollouts_train_alike_when_sequences_are_cut_and_logits_chunked(
-    undisturbed: Path, tiny_chat_model: Path, tmp_path: Path
+    undisturbed: Path, stopping_model: Path, tmp_path: Path
 ) -> None:
     flags = {"context_parallel_size": 2, "log_probs_chunk_size": 7, "output_dir": "out", "train_iters": 2}
-    assert_finished(train(tmp_path, tiny_chat_model, replay_rollouts=undisturbed / "rollouts", **flags))
+    assert_finished(train(tmp_path, stopping_model, replay_rollouts=undisturbed / "rollouts", **flags))
     for found, wanted in zip(records(tmp_path / "out"), records(undisturbed / "out")[:2], strict=True):
         assert found["num_tokens"] == wanted["num_tokens"]
         assert found["noise_gauge"] == wanted["noise_gauge"] == 0.0
@@ -154,14 +163,14 @@ def test_recorded_rollouts_train_alike_when_sequences_are_cut_and_logits_chunked
 
 
 def test_a_damaged_checkpoint_is_one_line_and_leaves_the_records_alone(
-    undisturbed: Path, tiny_chat_model: Path, tmp_path: Path
+    undisturbed: Path, stopping_model: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(undisturbed / "saved", tmp_path / "saved")
     shutil.copytree(undisturbed / "out", tmp_path / "out")
     (shard, *_) = sorted((tmp_path / "saved" / "step_0000002").glob("*.distcp"))
     shard.write_bytes(shard.read_bytes()[:-1])
     before = (tmp_path / "out" / "metrics.jsonl").read_bytes()
-    outputs = train(tmp_path, tiny_chat_model, load=tmp_path / "saved", output_dir="out")
+    outputs = train(tmp_path, stopping_model, load=tmp_path / "saved", output_dir="out")
     assert [output.returncode for output in outputs] == [2, 2]
     (line,) = outputs[0].stderr.strip().splitlines()
     assert line.startswith(f"error: {shard} has ")

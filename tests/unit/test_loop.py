@@ -335,8 +335,8 @@ def test_what_the_guards_say_is_shown_and_what_they_stop_is_not_saved(
     world = World()
 
     settings = GuardSettings(entropy_floor=2.0, guard_noise_gauge="stop", noise_gauge_limit=0.025)
+    run = make_run(world, control, tmp_path, num_steps=3, save_interval=1, guards=Guards(settings))
     with pytest.raises(GuardStopped, match=r"step 2: noise_gauge: .*0\.03"):
-        run = make_run(world, control, tmp_path, num_steps=3, save_interval=1, guards=Guards(settings))
         train(run, first_step=0)
     assert "warning: step 1: entropy_collapse: the mean entropy is 1.5" in capsys.readouterr().err
     assert [entry for entry in world.diary if entry[0] == "save"] == [("save", 1)]
