@@ -64,7 +64,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_chat_model: Path)
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         cwd=directory,
         env={**os.environ, "PYTHONPATH": str(directory)},
     )
@@ -100,9 +100,9 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_bytes(
     (tmp_path / "own_reward.py").write_text(REWARD)
     output_dir = tmp_path / "out"
     command = launch(arguments(tiny_chat_model, output_dir))
-    command.wait_for("the first block", lambda: whole_blocks(output_dir) >= 1, 90)
+    command.wait_for("the first block", lambda: whole_blocks(output_dir) >= 1, 240)
     os.kill(command.process.pid, signal.SIGTERM)
-    assert command.wait(20) == 128 + signal.SIGTERM
+    assert command.wait(60) == 128 + signal.SIGTERM
     assert command.stderr.splitlines()[-1] == "interrupted by SIGTERM"
     first = whole_blocks(output_dir)
     assert 1 <= first < NUM_PROBLEMS // BLOCK_SIZE, "it ended before it was interrupted"
@@ -110,14 +110,14 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_bytes(
     with (output_dir / "responses.jsonl").open("ab") as file:
         file.write(b'{"data_set": "small_arithmetic", "probl')  # as a power cut leaves it
     command = launch(arguments(tiny_chat_model, output_dir))
-    command.wait_for("another block", lambda: whole_blocks(output_dir) > first, 90)
+    command.wait_for("another block", lambda: whole_blocks(output_dir) > first, 240)
     os.kill(command.process.pid, signal.SIGKILL)
-    assert command.wait(20) == -signal.SIGKILL
+    assert command.wait(60) == -signal.SIGKILL
     second = whole_blocks(output_dir)
     assert f"{first * BLOCK_SIZE} of {NUM_PROBLEMS} problems are answered already" in command.stderr
 
     command = launch(arguments(tiny_chat_model, output_dir))
-    assert command.wait(120) == 0, command.stderr[-3000:]
+    assert command.wait(300) == 0, command.stderr[-3000:]
     assert f"{second * BLOCK_SIZE} of {NUM_PROBLEMS} problems are answered already" in command.stderr
     for name in ("responses.jsonl", "settings.json", "results.json", "results.md"):
         assert (output_dir / name).read_bytes() == (undisturbed / name).read_bytes(), name
@@ -131,7 +131,7 @@ def test_a_finished_evaluation_is_scored_again_without_an_engine(
     (tmp_path / "out" / "results.json").unlink()
     (tmp_path / "out" / "engine-0.log").unlink()
     command = launch(arguments(tiny_chat_model, tmp_path / "out"))
-    assert command.wait(60) == 0, command.stderr[-3000:]
+    assert command.wait(300) == 0, command.stderr[-3000:]
     assert (tmp_path / "out" / "results.json").read_bytes() == (undisturbed / "results.json").read_bytes()
     assert not (tmp_path / "out" / "engine-0.log").exists()
 
@@ -151,7 +151,7 @@ def test_a_runs_checkpoint_answers_as_its_model(
     base = tmp_path / "base"  # gives architecture and tokenizer; the weights can only come from the checkpoint
     shutil.copytree(tiny_chat_model, base, ignore=shutil.ignore_patterns("*.safetensors"))
     command = launch(arguments(base, tmp_path / "out", load=tmp_path / "checkpoints"))
-    assert command.wait(120) == 0, command.stderr[-3000:]
+    assert command.wait(300) == 0, command.stderr[-3000:]
     responses = (tmp_path / "out" / "responses.jsonl").read_bytes()
     assert responses == (undisturbed / "responses.jsonl").read_bytes()
     assert not (tmp_path / "out" / "weights").exists()
@@ -171,7 +171,7 @@ def test_a_wrong_flag_is_one_line_and_leaves_the_responses_alone(
 ) -> None:
     before = (undisturbed / "responses.jsonl").read_bytes()
     command = launch(arguments(tiny_chat_model, undisturbed, **changed))
-    assert command.wait(60) == 2
+    assert command.wait(120) == 2
     (line,) = command.stderr.splitlines()
     assert line.startswith("error: ")
     assert message in line
@@ -185,6 +185,6 @@ def test_other_weights_are_named(undisturbed: Path, tiny_chat_model: Path, tmp_p
     weights[-1] ^= 1
     (other / "model.safetensors").write_bytes(weights)
     command = launch(arguments(other, undisturbed))
-    assert command.wait(60) == 2
+    assert command.wait(120) == 2
     (line,) = command.stderr.splitlines()
     assert "model.safetensors (SHA-256) is" in line
