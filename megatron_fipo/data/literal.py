@@ -32,12 +32,15 @@ class ControlTokens:
         self._spellings = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
         unknown = self._id_of.get(str(tokenizer.unk_token)) if hasattr(tokenizer, "unk_token") else None
         self._ids = frozenset(self._id_of.values()) - {unknown}  # the unknown token stands for text, too
-        self._copies: dict[str, Any] = {}
+        self._latest_copy: tuple[str, Any] = ("", None)
 
     def hidden(self, texts: Iterable[str]) -> Hidden:
         """Hides spellings in `texts`, which are all that one problem says."""
         joined = "".join(texts)
-        return Hidden(next(chr(i) for i in PRIVATE_USE if chr(i) not in joined), self._spellings)
+        marker = next((chr(i) for i in PRIVATE_USE if chr(i) not in joined), None)
+        if marker is None:
+            raise ValueError("a prompt holds every character of the private use plane U+F0000 to U+FFFFD")
+        return Hidden(marker, self._spellings)
 
     def count(self, text: str) -> int:
         """How many control tokens are spelled in `text`."""
@@ -53,7 +56,7 @@ class ControlTokens:
         if not hidden.spellings:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
             found = sum(i in self._ids for i in ids)
-            if found == expected or found == expected + self._num_added(add_special_tokens):
+            if found == expected + self._num_added(add_special_tokens):
                 return ids
             # The tokenizer found more: its normalisation made a control token of what is spelled otherwise.
         rename = hidden.renamed(self._id_of)
@@ -68,8 +71,8 @@ class ControlTokens:
 
     def _copy(self, marker: str, rename: dict[str, str]) -> Any:
         """The tokenizer with its control tokens spelled as `rename` says, which holds `marker`."""
-        if marker in self._copies:
-            return self._copies[marker]
+        if marker == self._latest_copy[0]:
+            return self._latest_copy[1]
         from tokenizers import Tokenizer as FastTokenizer
 
         backend = self._tokenizer.backend_tokenizer if hasattr(self._tokenizer, "backend_tokenizer") else None
@@ -94,7 +97,7 @@ class ControlTokens:
         for spelling, token_id in self._id_of.items():
             found = copy.token_to_id(rename[spelling])
             assert found == token_id, (spelling, found, token_id)
-        self._copies[marker] = copy
+        self._latest_copy = marker, copy
         return copy
 
 

@@ -45,6 +45,7 @@ def test_every_special_token_spelled_in_a_prompt_stays_text(tokenizer: Any, appl
 
 
 def test_ordinary_prompts_have_the_tokens_that_the_tokenizer_gives_them(tokenizer: Any) -> None:
+    as_text, as_chat = PromptEncoder(tokenizer, PromptFormat()), PromptEncoder(tokenizer, PromptFormat(True))
     for text in (
         "What is 3 + 4?",
         "  two  spaces\n\n\tand tabs ",

@@ -98,6 +98,14 @@ def with_begin(tokenizer: Any) -> Any:
     return copy
 
 
+def test_a_prompt_may_hold_the_characters_that_hide_tokens(tokenizer: Any) -> None:
+    text = "".join(map(chr, range(0xF0000, 0xF0100))) + "<|im_end|>"
+    assert tokenizer.decode(tokenize(Problem("p", text, ""), tokenizer, limit=2000)) == text
+    everything = "".join(map(chr, range(0xF0000, 0xFFFFE)))
+    with pytest.raises(ValueError, match="every character of the private use plane"):
+        tokenize(Problem("p", everything, ""), tokenizer)
+
+
 def test_a_begin_token_is_added_once(with_begin: Any) -> None:
     begin = with_begin.bos_token_id
     plain = tokenize(Problem("p", "ab", "", "cd"), with_begin)
