@@ -12,6 +12,7 @@ import contextlib
 import gc
 import hashlib
 import os
+import shutil
 import signal
 import sys
 import time
@@ -42,12 +43,12 @@ if TYPE_CHECKING:
     from megatron_fipo.weights.architecture import Architecture
 
 ENGINE_SPARE_TOKENS = 8  # SGLang keeps 6 of its context to itself
-EXPORT_DIR = "weights"
+EXPORT_DIR = ".exported_weights"
 
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """The weights that are evaluated: where they come from and what stands for them in settings.json."""
+    """The weights that are evaluated: where they come from and what stands for them in the settings."""
 
     arch: Architecture
     checkpoint: Path | None  # of --load
@@ -158,20 +159,21 @@ def read_model(request: EvaluationRequest) -> Model:
         f"a divisor of the checkpoint's {arch.num_attention_heads} attention heads",
     )
     files = [Path(directory) / name for name in COPIED_FILES if (Path(directory) / name).is_file()]
-    checkpoint = None
+    checkpoint, stored = None, str(arch.dtype)
     if request.run.load is None:
         check_hf_shapes(arch, HFWeights(directory))
         files += sorted(Path(directory).glob("*.safetensors"))
     else:
-        from megatron_fipo.actor.checkpoint_files import MANIFEST, find_checkpoint, verify_checkpoint
+        from megatron_fipo.actor.checkpoint_files import MANIFEST, find_checkpoint, read_run_state, verify_checkpoint
 
         checkpoint = find_checkpoint(request.run.load)
         verify_checkpoint(checkpoint)
+        stored = read_run_state(checkpoint)["layout"]["params_dtype"]
         files.append(checkpoint / MANIFEST)  # which holds the digests of everything else
     with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as threads:
         digests = dict(zip([f"{file.name} (SHA-256)" for file in files], threads.map(_digest, files)))
-    stored = {"bf16": "bfloat16", "bfloat16": "bfloat16"}.get(str(arch.dtype).removeprefix("torch."), "float32")
-    return Model(arch, checkpoint, "bfloat16" if request.bf16 else stored, digests)
+    is_bf16 = request.bf16 or stored.removeprefix("torch.") == "bfloat16"
+    return Model(arch, checkpoint, "bfloat16" if is_bf16 else "float32", digests)
 
 
 def read_prompts(request: EvaluationRequest, tokenizer: Any) -> dict[str, list[Prompt]]:
@@ -268,7 +270,8 @@ def open_engines(
         weights = run.hf_checkpoint
         if model.checkpoint is not None:
             weights = str(Path(run.output_dir) / EXPORT_DIR)
-            stack.callback(_remove, Path(weights))
+            stack.callback(_remove_export, Path(weights))
+            _remove_export(Path(weights))
             _export(request, model, device, weights)
         engines = []
         for index in range(num_engines):
@@ -378,11 +381,11 @@ def _digest_of_prompts(prompts: Sequence[Prompt]) -> str:
     return digest.hexdigest()
 
 
-def _remove(directory: Path) -> None:
-    import shutil
-
-    if directory.is_dir():
-        shutil.rmtree(directory)
+def _remove_export(directory: Path) -> None:
+    """The exported weights, and what a killed export left beside them."""
+    for found in (directory, *directory.parent.glob(f".{directory.name}.*.partial")):
+        if found.is_dir():
+            shutil.rmtree(found)
 
 
 def _fail(error: Exception, status: int) -> int:

@@ -1,6 +1,6 @@
 """The responses of a long evaluation on disk, block by block, so that it can be killed and goes on where it stopped.
 
-A directory holds settings.json, which says what the responses depend on, and responses.jsonl, one response per line in
+A directory holds evaluation_settings.json, which says what the responses depend on, and responses.jsonl, one response per line in
 the order of data sets, problems and samples. A block of problems is written once all of it is graded.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 from megatron_fipo.trainer.evaluation_result import EvaluatedProblem, EvaluatedResponse
 from megatron_fipo.types import Prompt
 
-SETTINGS_FILE = "settings.json"
+SETTINGS_FILE = "evaluation_settings.json"
 RESPONSES_FILE = "responses.jsonl"
 NUM_SHOWN = 3
 

@@ -119,7 +119,7 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_bytes(
     command = launch(arguments(tiny_chat_model, output_dir))
     assert command.wait(300) == 0, command.stderr[-3000:]
     assert f"{second * BLOCK_SIZE} of {NUM_PROBLEMS} problems are answered already" in command.stderr
-    for name in ("responses.jsonl", "settings.json", "results.json", "results.md"):
+    for name in ("responses.jsonl", "evaluation_settings.json", "results.json", "results.md"):
         assert (output_dir / name).read_bytes() == (undisturbed / name).read_bytes(), name
 
 
@@ -154,7 +154,7 @@ def test_a_runs_checkpoint_answers_as_its_model(
     assert command.wait(300) == 0, command.stderr[-3000:]
     responses = (tmp_path / "out" / "responses.jsonl").read_bytes()
     assert responses == (undisturbed / "responses.jsonl").read_bytes()
-    assert not (tmp_path / "out" / "weights").exists()
+    assert not (tmp_path / "out" / ".exported_weights").exists()
     assert "step_0000007" in (tmp_path / "out" / "results.md").read_text()
 
 
@@ -176,6 +176,18 @@ def test_a_wrong_flag_is_one_line_and_leaves_the_responses_alone(
     assert line.startswith("error: ")
     assert message in line
     assert (undisturbed / "responses.jsonl").read_bytes() == before
+
+
+def test_responses_without_a_verdict_are_not_taken_over_where_that_is_an_error(
+    undisturbed: Path, tiny_chat_model: Path, tmp_path: Path, launch: Launch
+) -> None:
+    shutil.copytree(undisturbed, tmp_path / "out")
+    path = tmp_path / "out" / "responses.jsonl"
+    path.write_text(path.read_text().replace('"error": null', '"error": "timeout: no verdict"', 1))
+    command = launch(arguments(tiny_chat_model, tmp_path / "out"))
+    assert command.wait(120) == 2
+    (line,) = command.stderr.splitlines()
+    assert "holds 1 responses without a verdict, the first: timeout: no verdict; take them over" in line
 
 
 def test_other_weights_are_named(undisturbed: Path, tiny_chat_model: Path, tmp_path: Path, launch: Launch) -> None:

@@ -97,7 +97,7 @@ def test_settings_without_a_response_may_change(tmp_path: Path) -> None:
     write(tmp_path, 0)
     with opened(tmp_path, {**SETTINGS, "--seed": 2}):
         pass
-    assert json.loads((tmp_path / "settings.json").read_text())["--seed"] == 2
+    assert json.loads((tmp_path / "evaluation_settings.json").read_text())["--seed"] == 2
 
 
 @pytest.mark.parametrize(
@@ -119,8 +119,8 @@ def test_a_file_that_was_edited_is_refused_with_the_line(tmp_path: Path, change:
 
 def test_responses_without_settings_are_refused(tmp_path: Path) -> None:
     write(tmp_path, 1)
-    (tmp_path / "settings.json").unlink()
-    with pytest.raises(ValueError, match=r"no settings.json that says how they were drawn"):
+    (tmp_path / "evaluation_settings.json").unlink()
+    with pytest.raises(ValueError, match=r"no evaluation_settings.json that says how they were drawn"):
         opened(tmp_path)
 
 
