@@ -1,7 +1,7 @@
 """The responses of a long evaluation on disk, block by block, so that it can be killed and goes on where it stopped.
 
-A directory holds evaluation_settings.json, which says what the responses depend on, and responses.jsonl, one response per line in
-the order of data sets, problems and samples. A block of problems is written once all of it is graded.
+A directory holds evaluation_settings.json, which says what the responses depend on, and responses.jsonl, one response
+per line in the order of data sets, problems and samples. A block of problems is written once all of it is graded.
 """
 
 from __future__ import annotations

@@ -69,7 +69,8 @@ def test_cut_off_anywhere_the_file_goes_on_from_its_last_whole_block(tmp_path: P
     whole = write(tmp_path, 3)
     ends = [0, *np.cumsum([len(write(tmp_path / f"{i}", i + 1)) - len(write(tmp_path / f"{i}x", i)) for i in range(3)])]
     path = tmp_path / RESPONSES_FILE
-    for size in range(1, len(whole)):
+    near_ends = {end + shift for end in ends for shift in (-1, 0, 1)}
+    for size in sorted({*range(1, len(whole), 53), *near_ends} & {*range(1, len(whole))}):
         path.write_bytes(whole[:size])
         with opened(tmp_path) as file:
             kept = len(file.finished)
