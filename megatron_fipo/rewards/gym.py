@@ -9,6 +9,8 @@ from typing import Any
 from megatron_fipo.rewards.unsilenced import unsilenced
 from megatron_fipo.types import RewardResult
 
+OPENING_TAG, CLOSING_TAG = "<answer>", "</answer>"
+
 
 def reasoning_gym(
     response: str,
@@ -27,8 +29,6 @@ def reasoning_gym(
     Raises ValueError when the problem built here is not the one that was asked (its answer differs); MemoryError and
     RecursionError also where the verifier catches them.
     """
-    from reasoning_gym.utils import extract_answer
-
     dataset, entry = _entry(task, json.dumps(parameters, sort_keys=True), index)
     expected = "" if entry["answer"] is None else str(entry["answer"])
     if expected != ground_truth:
@@ -36,11 +36,24 @@ def reasoning_gym(
             f"problem {index} of {task} with {parameters} has the answer {expected[:80]!r} here and "
             f"{ground_truth[:80]!r} where it was asked: the task is not reproducible"
         )
-    tagged = extract_answer(response)
+    tagged = _last_tagged(response)
     answer = response.strip() if tagged is None else tagged
     with unsilenced({base.__module__ for base in type(dataset).__mro__}):
         score = float(dataset.score_answer(answer, entry))
     return RewardResult(score, float(score >= 1.0), answer or None)
+
+
+def _last_tagged(response: str) -> str | None:
+    """What the last match of <answer>(.*?)</answer> holds, in linear time: tags without an end make the regular
+    expression quadratic."""
+    end = response.rfind(CLOSING_TAG)
+    while end >= 0:
+        end_before = response.rfind(CLOSING_TAG, 0, end)
+        start = response.find(OPENING_TAG, end_before + len(CLOSING_TAG) if end_before >= 0 else 0, end)
+        if start >= 0:
+            return response[start + len(OPENING_TAG) : end].strip()
+        end = end_before
+    return None
 
 
 @functools.lru_cache(maxsize=256)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 from collections.abc import Awaitable, Callable
 from functools import partial
 
@@ -13,6 +12,7 @@ from megatron_fipo.rewards.gym import reasoning_gym
 from megatron_fipo.rewards.rules import exact, small_arithmetic
 from megatron_fipo.rewards.symbolic import math_verify, warm_up_math_verify
 from megatron_fipo.types import RewardResult
+from megatron_fipo.user_function import load_user_function
 
 Reward = Callable[..., RewardResult | Awaitable[RewardResult]]
 
@@ -60,19 +60,7 @@ def load_reward(path: str) -> Reward:
         if path not in REWARDS:
             raise ValueError(f"no reward is called {path!r}; wanted {_known(path)}, or module:function")
         return REWARDS[path]
-    module_name, _, function_name = path.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (module_name == error.name or module_name.startswith(error.name + ".")):
-            raise ValueError(
-                f"the reward {path!r} names the module {module_name!r}, which is not importable"
-            ) from error
-        raise
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise ValueError(f"the reward {path!r}: module {module_name!r} has no function {function_name!r}")
-    return function
+    return load_user_function("--custom-rm-path", path)
 
 
 def _known(name: str) -> str:

@@ -46,12 +46,35 @@ def test_reasoning_gym_scores_with_the_data_sets_own_verifier() -> None:
     assert reward("nonsense", truth, finish_reason="length", **problem).score == 0.0
 
 
+@pytest.mark.parametrize(
+    ("response", "tagged"),
+    [
+        ("<answer>1</answer> or <answer> 2\n</answer>", "2"),
+        ("<answer>1</answer> or <answer>2", "1"),
+        ("<answer>1</answer> or 2</answer>", "1"),
+        ("<answer>a <answer>b</answer>", "a <answer>b"),
+        ("<answer></answer>", ""),
+        ("</answer><answer>", None),
+        ("1", None),
+        ("<answer>" * 100_000, None),
+    ],
+)
+def test_the_last_whole_pair_of_tags_holds_the_answer(response: str, tagged: str | None) -> None:
+    from reasoning_gym.utils import extract_answer
+
+    from megatron_fipo.rewards.gym import _last_tagged
+
+    assert _last_tagged(response) == tagged
+    if len(response) < 100:
+        assert extract_answer(response) == tagged
+
+
 def test_load_reward_finds_names_and_functions_and_says_what_is_missing() -> None:
     assert load_reward("exact") is exact
     assert load_reward("megatron_fipo.rewards.rules:exact") is exact
     with pytest.raises(ValueError, match="did you mean 'dapo_math'"):
         load_reward("dapo_maths")
-    with pytest.raises(ValueError, match="'no_such_module', which is not importable"):
+    with pytest.raises(ValueError, match="'no_such_module' is not importable"):
         load_reward("no_such_module:f")
     with pytest.raises(ValueError, match="has no function 'nope'"):
         load_reward("megatron_fipo.rewards.rules:nope")
