@@ -6,18 +6,11 @@ from collections.abc import Sequence
 
 from megatron_fipo.data.prompts import Tokenizer
 from megatron_fipo.data_config import OnRewardError
-from megatron_fipo.trainer.evaluation_report import write_problem_table
-from megatron_fipo.trainer.evaluation_result import (
-    EvaluatedProblem,
-    EvaluatedResponse,
-    EvaluationResult,
-    Example,
-    summary,
-)
+from megatron_fipo.trainer.evaluation_result import EvaluatedProblem, EvaluatedResponse, EvaluationResult, summary
 from megatron_fipo.trainer.generation import Generate, Grader, RewardFailed, generate_groups, grade_groups
 from megatron_fipo.types import GraderError, Prompt, Sample, SamplingSettings
 
-__all__ = ["EvaluationResult", "Example", "answer_problems", "evaluate", "summary", "write_problem_table"]
+__all__ = ["EvaluationResult", "answer_problems", "evaluate", "evaluation_result", "summary"]
 
 EVALUATION_STEP = -1  # stands for the step in the sampling seeds: every evaluation of a run draws with the same ones
 

@@ -11,9 +11,21 @@ import numpy as np
 import pytest
 
 from megatron_fipo.metrics.scores import pass_at_k
-from megatron_fipo.trainer.evaluation import EvaluationResult, Example, evaluate, summary, write_problem_table
-from megatron_fipo.trainer.evaluation_report import problem_rows, problems_markdown, result_as_json, scores_markdown
-from megatron_fipo.trainer.evaluation_result import EvaluatedProblem, EvaluatedResponse
+from megatron_fipo.trainer.evaluation import evaluate
+from megatron_fipo.trainer.evaluation_report import (
+    problem_rows,
+    problems_markdown,
+    result_as_json,
+    scores_markdown,
+    write_problem_table,
+)
+from megatron_fipo.trainer.evaluation_result import (
+    EvaluatedProblem,
+    EvaluatedResponse,
+    EvaluationResult,
+    Example,
+    summary,
+)
 from megatron_fipo.trainer.generation import Grader, RewardFailed
 from megatron_fipo.types import (
     Completion,
