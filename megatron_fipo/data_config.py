@@ -30,7 +30,9 @@ class DataSettings:
         False, "render text prompts as a user turn through the tokenizer's chat template"
     )
     deduplicate: bool = setting(True, "take rows of a file that ask the same once, and say how many there were")
-    dedup_key: str = setting("extra_info.index", "column that rows of one problem share; dots descend; '': by question and answer alone")
+    dedup_key: str = setting(
+        "extra_info.index", "column that rows of one problem share; dots descend; '': by question and answer alone"
+    )
     prompt_template: str | None = setting(None, "text around each text prompt; {prompt} stands for it")
     system_prompt: str | None = setting(None, "the system's message before each prompt of the chat template")
     on_long_prompt: OnLongPrompt = setting(

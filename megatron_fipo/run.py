@@ -27,10 +27,11 @@ from megatron_fipo.metrics.records import METRICS_FILE, read_metrics
 from megatron_fipo.metrics.run_logger import RunLogger
 from megatron_fipo.problems import Problems
 from megatron_fipo.rollout.pool import EnginePool
-from megatron_fipo.trainer.custom_generation import load_generate_function
+from megatron_fipo.trainer.custom_generation import FLAG as CUSTOM_GENERATE
 from megatron_fipo.trainer.exchange import on_rank_zero
 from megatron_fipo.trainer.guards import Guards
 from megatron_fipo.trainer.loop import Rollout, Run, train
+from megatron_fipo.user_function import load_user_function
 from megatron_fipo.weights.hf_files import write_hf_checkpoint
 from megatron_fipo.weights.mapping import checked_stream
 
@@ -69,7 +70,8 @@ def _run(settings: Settings, checked: Checked, problems: Problems | None, stack:
     pool: EnginePool | None = None
     if problems is not None:
         if settings.rollout.custom_generate_function_path is not None:
-            load_generate_function(settings.rollout.custom_generate_function_path)  # fails before an engine starts
+            # what is wrong with it shows before an engine starts
+            load_user_function(CUSTOM_GENERATE, settings.rollout.custom_generate_function_path)
         pool = stack.enter_context(start_engines(settings, layout, device))  # starts while the actor is built
     with log.stage("start trainer", part_of_step=False):
         if device.type == "cpu":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 from megatron_fipo.config import FIPOSettings, PPOSettings
 from megatron_fipo.losses.correction import RATIO
 from megatron_fipo.losses.update_metrics import PER_CALL_STATS, TokenStats, update_metrics
+from megatron_fipo.user_function import load_user_function
 
 FLAG = "--custom-loss-function-path"
 POLICY_STATS = ("shift", "advantages", "clipped", "dual_clipped")  # what the authors' metrics are made of
@@ -30,18 +30,9 @@ def load_custom_loss(path: str) -> Loss:
     `path`, when there is no such function or when it returns anything else; what the module raises while it is imported
     passes through.
     """
-    module_name, _, function_name = path.partition(":")
-    if not module_name or not function_name:
-        raise ValueError(f"{FLAG} is {path!r}, but must be module:function")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (module_name == error.name or module_name.startswith(error.name + ".")):
-            raise ValueError(f"{FLAG} is {path!r}, but there is no module {module_name!r} to import") from error
-        raise
-    function = getattr(module, function_name, None)
-    if not callable(function) or inspect.iscoroutinefunction(function):
-        raise ValueError(f"{FLAG} is {path!r}, but {module_name!r} has no plain function {function_name!r}")
+    function = load_user_function(FLAG, path)
+    if inspect.iscoroutinefunction(function):
+        raise ValueError(f"{FLAG} is {path!r}, but must be a plain function, not an async one")
 
     def checked_loss(*args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
         return _checked(function(*args, **kwargs), path)

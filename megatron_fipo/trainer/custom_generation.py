@@ -8,7 +8,6 @@ at the same time goes to the engines together.
 from __future__ import annotations
 
 import asyncio
-import importlib
 import inspect
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -18,38 +17,19 @@ import numpy as np
 from megatron_fipo.data.prompts import Tokenizer
 from megatron_fipo.trainer.generation import Generate, answers_to
 from megatron_fipo.types import Completion, GenerateRequest
+from megatron_fipo.user_function import load_user_function
 
 FLAG = "--custom-generate-function-path"
 CustomGenerate = Callable[..., Sequence[Completion] | Awaitable[Sequence[Completion]]]
 LOGPROB_SLACK = 1e-3  # rounding may bring a log-prob above 0
 
 
-def load_generate_function(path: str) -> CustomGenerate:
-    """The function `module:function`, whose module is imported.
-
-    Raises ValueError when there is none; whatever the module raises while it is imported passes through.
-    """
-    module_name, _, function_name = path.partition(":")
-    if not module_name or not function_name:
-        raise ValueError(f"{FLAG} is {path!r}, but must be module:function")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (module_name == error.name or module_name.startswith(error.name + ".")):
-            raise ValueError(f"{FLAG} is {path!r}, but the module {module_name!r} is not importable") from error
-        raise
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise ValueError(f"{FLAG} is {path!r}, but the module {module_name!r} has no function {function_name!r}")
-    return function
-
-
 def custom_generation(path: str, generate: Generate, tokenizer: Tokenizer) -> Generate:
     """The user's function as a Generate over the engines' `generate`. What it returns is checked, every time.
 
-    Raises ValueError as `load_generate_function`; the Generate raises ValueError naming the flag for a bad completion.
+    Raises ValueError as `load_user_function`; the Generate raises ValueError naming the flag for a bad completion.
     """
-    function = load_generate_function(path)
+    function = load_user_function(FLAG, path)
     takes_await = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
         getattr(function, "__call__", None)  # noqa: B004 - an object whose __call__ is async
     )

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from fake_rollouts import CharacterTokenizer, Engine, by_seed, grade_right, make_collector, to_prompt
 
-from megatron_fipo.trainer.custom_generation import checked_completions, custom_generation, load_generate_function
+from megatron_fipo.trainer.custom_generation import checked_completions, custom_generation
 from megatron_fipo.trainer.generation import RewardFailed, generate_groups, grade_groups
 from megatron_fipo.trainer.rollout_batch import make_train_sequences
 from megatron_fipo.types import Completion, GenerateRequest, GraderError, Problem, SamplingSettings
+from megatron_fipo.user_function import load_user_function
 
 FLAG = "--custom-generate-function-path"
 TOOL = [ord(character) for character in "<42>"]
@@ -174,14 +175,14 @@ def test_a_completion_that_cannot_be_trained_on_is_refused(changes: dict[str, An
 def test_a_function_that_is_not_there_is_named_with_its_flag(module: ModuleType, path: str, message: str) -> None:
     module.number = 3  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match=f"{FLAG} is '{path}', but .*{message}"):
-        load_generate_function(path)
+        load_user_function(FLAG, path)
 
 
 def test_what_a_users_module_cannot_import_itself_is_not_hidden(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "needs_more.py").write_text("import absent_dependency\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ModuleNotFoundError, match="absent_dependency"):
-        load_generate_function("needs_more:rollout")
+        load_user_function(FLAG, "needs_more:rollout")
 
 
 def test_what_an_async_function_asks_at_once_goes_to_the_engines_together(module: ModuleType) -> None:

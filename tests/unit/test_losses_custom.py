@@ -56,11 +56,11 @@ def arguments() -> list[Any]:
     [
         ("my_losses", "must be module:function"),
         (":reinforce", "must be module:function"),
-        ("no_such_module:f", "there is no module 'no_such_module' to import"),
-        ("my_losses.inner:f", "there is no module 'my_losses.inner' to import"),
-        ("my_losses:missing", "'my_losses' has no plain function 'missing'"),
-        ("my_losses:not_a_function", "'my_losses' has no plain function 'not_a_function'"),
-        ("my_losses:later", "'my_losses' has no plain function 'later'"),
+        ("no_such_module:f", "the module 'no_such_module' is not importable"),
+        ("my_losses.inner:f", "the module 'my_losses.inner' is not importable"),
+        ("my_losses:missing", "'my_losses' has no function 'missing'"),
+        ("my_losses:not_a_function", "'my_losses' has no function 'not_a_function'"),
+        ("my_losses:later", "must be a plain function, not an async one"),
     ],
 )
 def test_what_cannot_be_loaded_is_named_with_its_flag(path: str, message: str, module: str) -> None:
