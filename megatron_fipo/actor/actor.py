@@ -106,9 +106,10 @@ class Actor:
         `reference_logprobs`, needed where `correction` has a KL term. Returns the metrics of the whole mini-batch and
         its histograms on rank 0, None elsewhere.
 
-        When the loss or the gradient is NaN or infinite on any rank, no rank makes the step: parameters, optimizer
-        state and learning-rate schedule keep every bit, and rank 0's metrics are `skipped` 1.0, `skipped_for_loss` and
-        `skipped_for_gradient` (1.0 for which of them it was) and `lr`. Otherwise `skipped` is 0.0 among them.
+        When the loss (or a statistic of the user's own loss) or the gradient is NaN or infinite on any rank, no rank
+        makes the step: parameters, optimizer state and learning-rate schedule keep every bit, and rank 0's metrics are
+        `skipped` 1.0, `skipped_for_loss` and `skipped_for_gradient` (1.0 for which of them it was) and `lr`. Otherwise
+        `skipped` is 0.0 among them.
         """
         learning_rate = self.optimizer.param_groups[0]["lr"]
         is_last = self.layout.is_last_stage

@@ -15,6 +15,7 @@ from actor_on_ranks import make_actor, make_groups
 from processes import run_ranks
 from tiny_models import VOCAB, hf_logits, make_model, make_sequences, published
 
+from megatron_fipo.config import PPOSettings
 from megatron_fipo.types import TrainSequence
 
 MODELS = {
@@ -187,6 +188,18 @@ def test_the_second_update_of_a_batch_feels_influence_and_the_first_does_not(one
     assert abs(second["ppo_kl"]) > 1e-4
 
 
+def test_the_user_s_own_loss_trains_in_place_of_the_algorithm_s(one_rank: dict[str, Any]) -> None:
+    found = one_rank["own loss"]
+    dapo, own = found["metrics"]
+    assert found["same parameters"]
+    assert own["largest_shift"] == pytest.approx(0.0, abs=1e-6)
+    numbers = {name: value for name, value in dapo.items() if isinstance(value, float)}
+    assert {name: own[name] for name in numbers} == numbers
+    histogram = dapo["ratio_histogram"]
+    middle = histogram["counts"][len(histogram["counts"]) // 2]
+    assert middle == sum(histogram["counts"]) == dapo["num_kept"]  # all ratios are 1
+
+
 @pytest.mark.parametrize(("layout", "kind", "dtype"), ROUND_TRIPS)
 def test_weights_come_back_bit_for_bit(
     layout: str, kind: str, dtype: str, hf_models: dict[str, tuple[Path, Any]], two_ranks: dict[str, Any]
@@ -247,6 +260,7 @@ def on_one_rank(directories: dict[str, str]) -> dict[str, Any]:
             results[f"recompute {model} {kind}"] = gradients_of(actor, make_sequences(NUM_SEQUENCES))[0]
     results["bf16"] = train_in_bf16(make_actor(directory, *made, bf16=True))
     results["fipo"] = two_updates(make_actor(directory, *made))
+    results["own loss"] = own_loss(make_actor(directory, *made), make_actor(directory, *made))
     return results
 
 
@@ -277,6 +291,30 @@ def two_updates(actor: Any) -> list[dict[str, float]]:
     logprobs, _ = actor.old_logprobs([sequences])
     halves = (slice(0, NUM_SEQUENCES), slice(NUM_SEQUENCES, None))
     return [actor.update(sequences[half], logprobs[half], algorithm="fipo", settings=settings()) for half in halves]
+
+
+def own_loss(actor: Any, other: Any) -> dict[str, Any]:
+    """DAPO's update, and one with a loss of the user's that is DAPO's with a statistic of its own."""
+    from megatron_fipo.config import CorrectionSettings
+
+    sequences = make_sequences(NUM_SEQUENCES)
+    metrics = []
+    for each, path in ((actor, None), (other, "test_parity:dapo_with_a_statistic")):
+        logprobs, _ = each.old_logprobs([sequences])
+        correction = CorrectionSettings(custom_loss_function_path=path)
+        metrics.append(
+            each.update(sequences, logprobs, algorithm="dapo", settings=PPOSettings(), correction=correction)
+        )
+    after, wanted = exported_weights(other), exported_weights(actor)
+    return {"metrics": metrics, "same parameters": all(torch.equal(after[name], wanted[name]) for name in wanted)}
+
+
+def dapo_with_a_statistic(*args: Any, **options: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+    from megatron_fipo.losses import dapo_loss
+
+    loss, info = dapo_loss(*args, **options)
+    stats = info["token_stats"]
+    return loss, {**info, "token_stats": {**stats, "largest_shift": stats["shift"].abs().max().reshape(1)}}
 
 
 def on_two_ranks(directories: dict[str, str]) -> dict[str, dict[str, torch.Tensor]]:
