@@ -336,7 +336,7 @@ def _say(message: str) -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="GRPO, DAPO and FIPO on a small task where longer reasoning pays.")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(12)), help="one start each")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(8)), help="one start each")
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS))
     parser.add_argument("--lr", type=float, default=Setup.lr, help="of the updates, constant")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/study"))

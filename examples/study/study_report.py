@@ -130,15 +130,12 @@ def _difference_rows(
 
 
 def _cost_table(results: Results) -> list[str]:
-    kinds = (("num_samples", "samples trained on"), ("num_generated_samples", "samples generated"))
-    rows = []
-    for name, shown in NAMES.items():
-        row = [shown]
-        for key, _ in (*kinds, ("num_generated_tokens", "tokens generated")):
-            row.append(_plain(mean_estimate([sum(run["steps"][key]) for run in results[name]]), 0))
-        row.append(_plain(mean_estimate([run["seconds"] for run in results[name]]), 0))
-        rows.append(row)
-    return _table(["", *(title for _, title in kinds), "tokens generated", "seconds"], rows)
+    keys = ("num_samples", "num_generated_samples", "num_generated_tokens")
+    rows = [
+        [shown, *(_plain(mean_estimate([sum(run["steps"][key]) for run in results[name]]), 0) for key in keys)]
+        for name, shown in NAMES.items()
+    ]
+    return _table(["", "samples trained on", "samples generated", "tokens generated"], rows)
 
 
 def _mechanism_table(results: Results) -> list[str]:
@@ -249,16 +246,15 @@ def _draw_mechanism(results: Results) -> Figure:
     for ax, (title, key) in zip(axes[0], panels):
         values = np.array([[update[key] for update in run["updates"]] for run in results["fipo"]])
         estimates = [mean_estimate(column) for column in values.T]
-        ax.bar(
+        ax.errorbar(
             range(1, len(estimates) + 1),
             [estimate.mean for estimate in estimates],
             yerr=[estimate.half_width for estimate in estimates],
+            fmt="o-",
             capsize=4,
             color=COLOURS["fipo"],
         )
         ax.set_xticks(range(1, len(estimates) + 1))
-        if key == "influence_weights_mean":
-            ax.set_ylim(0.99, None)
         _label(ax, "update of the step", title)
     return figure
 
