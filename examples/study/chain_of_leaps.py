@@ -33,10 +33,11 @@ PROMPT_LEN = 5
 _FUNCTIONS = np.stack([np.random.default_rng([TASK_SEED, i]).permutation(NUM_VALUES) for i in range(NUM_FUNCTIONS)])
 
 ANSWERS_AT_ONCE = 0.3  # share of the sloppy annotations that are no more than a guess
-PERSONAS = (  # (share among the others, probability of a leap of 1, 2, 3, 4)
-    (0.35, (1.0, 0.0, 0.0, 0.0)),  # careful
-    (0.35, (0.2, 0.6, 0.2, 0.0)),  # medium
-    (0.3, (0.0, 0.2, 0.4, 0.4)),  # sloppy
+PERSONA_SHARES = (0.35, 0.35, 0.3)  # of careful, medium and sloppy annotators among the others
+PERSONA_LEAPS = (  # their probabilities of a leap of 1, 2, 3, 4
+    (1.0, 0.0, 0.0, 0.0),
+    (0.2, 0.6, 0.2, 0.0),
+    (0.0, 0.2, 0.4, 0.4),
 )
 ERROR_RATES = (0.0, 0.15, 0.3, 0.5)  # of a leap of 1, 2, 3, 4: the value is then any value
 
@@ -56,6 +57,10 @@ class LeapsTokenizer:
         """The words, with spaces between them; the end-of-answer token is the special one."""
         words = [TOKENS[i] for i in token_ids]
         return " ".join(word for word in words if not (skip_special_tokens and word == END))
+
+    def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> str:
+        """There are no chats here. Raises ValueError."""
+        raise ValueError(f"the task's prompts are plain texts, but a chat was given: {conversation}")
 
 
 def apply(function: int, value: int, times: int) -> int:
@@ -150,8 +155,7 @@ def sloppy_response(function: int, value: int, times: int, generator: np.random.
     """An annotator's response: a guess at once, or a chain of leaps whose size and errors depend on the persona."""
     if generator.random() < ANSWERS_AT_ONCE:
         return f"# {generator.integers(NUM_VALUES)} {END}"
-    shares, leaps_of = zip(*PERSONAS)
-    leaps = leaps_of[generator.choice(len(PERSONAS), p=shares)]
+    leaps = PERSONA_LEAPS[generator.choice(len(PERSONA_SHARES), p=PERSONA_SHARES)]
     words = []
     while times:
         leap = min(int(generator.choice(LONGEST_LEAP, p=leaps)) + 1, times)
