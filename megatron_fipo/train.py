@@ -69,7 +69,6 @@ def _checked_run(settings: Settings, ending: Callable[[], None], is_rank_zero: b
         if checked.layout.rank == 0 and settings.rollout.replay_rollouts is None:
             problems = stack.enter_context(open_problems(settings))
         stack.callback(ending)  # comes first on the way out
-        from megatron_fipo.actor.pipeline import NonFiniteUpdate
         from megatron_fipo.rollout.engine import EngineError
         from megatron_fipo.run import run
         from megatron_fipo.trainer.agreement import EngineDisagrees
@@ -78,7 +77,7 @@ def _checked_run(settings: Settings, ending: Callable[[], None], is_rank_zero: b
 
         try:
             run(settings, checked, problems, ending)
-        except (EngineError, EngineDisagrees, GuardStopped, NonFiniteUpdate) as error:
+        except (EngineError, EngineDisagrees, GuardStopped) as error:
             return _fail(error, RUN_FAILED, is_rank_zero)
         except RankZeroFailed:
             return RUN_FAILED  # rank 0 says why

@@ -55,10 +55,6 @@ class UpdateOutcome:
     skipped_for: Culprit | None  # what was not finite, on any rank; None: the step was made
 
 
-class NonFiniteUpdate(RuntimeError):
-    """A NaN or an infinity in the loss or the gradients. The parameters are unchanged."""
-
-
 def forward_logprobs(chunks: Sequence[DistributedDataParallel], batches: Sequence[PackedBatch]) -> list[Tensor]:
     """Forward only: `[2, T]` log-probs and entropies per micro-batch on the last stage, nothing on the others."""
     for chunk in chunks:
