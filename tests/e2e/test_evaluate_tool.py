@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -74,6 +76,25 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_chat_model: Path)
     return directory / "out"
 
 
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    """tools/evaluate.py in this process, for what starts no engine."""
+    spec = importlib.util.spec_from_file_location("evaluate_tool", REPO_ROOT / "tools" / "evaluate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["evaluate_tool"] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+def the_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr, without its `error: `."""
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line.removeprefix("error: ")
+
+
 def test_the_results_are_the_scores_of_the_responses(undisturbed: Path) -> None:
     lines = (undisturbed / "responses.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
@@ -124,14 +145,12 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_bytes(
 
 
 def test_a_finished_evaluation_is_scored_again_without_an_engine(
-    undisturbed: Path, tiny_chat_model: Path, tmp_path: Path, launch: Launch
+    undisturbed: Path, tiny_chat_model: Path, tmp_path: Path, tool: ModuleType
 ) -> None:
-    (tmp_path / "own_reward.py").write_text(REWARD)
     shutil.copytree(undisturbed, tmp_path / "out")
     (tmp_path / "out" / "results.json").unlink()
     (tmp_path / "out" / "engine-0.log").unlink()
-    command = launch(arguments(tiny_chat_model, tmp_path / "out"))
-    assert command.wait(300) == 0, command.stderr[-3000:]
+    assert tool.main(arguments(tiny_chat_model, tmp_path / "out")[1:]) == 0
     assert (tmp_path / "out" / "results.json").read_bytes() == (undisturbed / "results.json").read_bytes()
     assert not (tmp_path / "out" / "engine-0.log").exists()
 
@@ -158,45 +177,64 @@ def test_a_runs_checkpoint_answers_as_its_model(
     assert "step_0000007" in (tmp_path / "out" / "results.md").read_text()
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"eval_temperature": 0.6}, "--eval-temperature is 1.0 there and 0.6 here"),
-        ({"eval_temprature": 1}, "unknown flag --eval-temprature; did you mean --eval-temperature?"),
-        ({"load": "nowhere"}, "--load is 'nowhere', but holds no checkpoint"),
-    ],
-)
 def test_a_wrong_flag_is_one_line_and_leaves_the_responses_alone(
-    undisturbed: Path, tiny_chat_model: Path, tmp_path: Path, launch: Launch, changed: dict[str, Any], message: str
+    undisturbed: Path, tiny_chat_model: Path, launch: Launch
 ) -> None:
     before = (undisturbed / "responses.jsonl").read_bytes()
-    command = launch(arguments(tiny_chat_model, undisturbed, **changed))
+    command = launch(arguments(tiny_chat_model, undisturbed, eval_temperature=0.6))
     assert command.wait(120) == 2
     (line,) = command.stderr.splitlines()
-    assert line.startswith("error: ")
-    assert message in line
+    assert line.startswith(f"error: --output-dir {undisturbed} holds an evaluation with other settings: ")
+    assert "--eval-temperature is 1.0 there and 0.6 here" in line
     assert (undisturbed / "responses.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"seed": 7}, "--seed is 1234 there and 7 here"),
+        ({"eval_block_size": 6}, "--eval-block-size is 4 there and 6 here"),
+        ({"num_eval_problems": 12}, "prompts of small_arithmetic (SHA-256) is"),
+        ({"eval_temprature": 1}, "unknown flag --eval-temprature; did you mean --eval-temperature?"),
+        ({"eval_max_response_len": 100}, "at most the checkpoint's context, 128 tokens"),
+        ({"rollout_num_gpus_per_engine": 2}, "--rollout-num-gpus-per-engine is 2, but must be a divisor"),
+        ({"load": "nowhere"}, "--load is 'nowhere', but holds no checkpoint"),
+        ({"hf_checkpoint": "nowhere"}, "nowhere/config.json cannot be read"),
+        ({"rollout_max_prompt_len": 3}, "tokens, but --rollout-max-prompt-len allows 3"),
+    ],
+)
+def test_other_settings_and_what_cannot_be_are_named(
+    undisturbed: Path,
+    tiny_chat_model: Path,
+    tool: ModuleType,
+    changed: dict[str, Any],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert tool.main(arguments(tiny_chat_model, undisturbed, **changed)[1:]) == 2
+    assert message in the_line(capsys)
+
+
 def test_responses_without_a_verdict_are_not_taken_over_where_that_is_an_error(
-    undisturbed: Path, tiny_chat_model: Path, tmp_path: Path, launch: Launch
+    undisturbed: Path, tiny_chat_model: Path, tmp_path: Path, tool: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(undisturbed, tmp_path / "out")
     path = tmp_path / "out" / "responses.jsonl"
     path.write_text(path.read_text().replace('"error": null', '"error": "timeout: no verdict"', 1))
-    command = launch(arguments(tiny_chat_model, tmp_path / "out"))
-    assert command.wait(120) == 2
-    (line,) = command.stderr.splitlines()
-    assert "holds 1 responses without a verdict, the first: timeout: no verdict; take them over" in line
+    words = arguments(tiny_chat_model, tmp_path / "out")[1:]
+    assert tool.main(words) == 2
+    assert "holds 1 responses without a verdict, the first: timeout: no verdict; take them over" in the_line(capsys)
+    assert tool.main([*words, "--on-reward-error", "drop"]) == 0
+    assert "WARNING: the reward gave no verdict on 1 responses" in capsys.readouterr().out
 
 
-def test_other_weights_are_named(undisturbed: Path, tiny_chat_model: Path, tmp_path: Path, launch: Launch) -> None:
+def test_other_weights_are_named(
+    undisturbed: Path, tiny_chat_model: Path, tmp_path: Path, tool: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = tmp_path / "other"
     shutil.copytree(tiny_chat_model, other)
     weights = bytearray((other / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (other / "model.safetensors").write_bytes(weights)
-    command = launch(arguments(other, undisturbed))
-    assert command.wait(120) == 2
-    (line,) = command.stderr.splitlines()
-    assert "model.safetensors (SHA-256) is" in line
+    assert tool.main(arguments(other, undisturbed)[1:]) == 2
+    assert "model.safetensors (SHA-256) is" in the_line(capsys)
