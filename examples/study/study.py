@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,13 +113,12 @@ def run_once(
     model = new_model(seed, setup)
     model.load_state_dict(start)
     engine = LeapsEngine(model, ID_OF[END])
-    problems, held_out = split_problems()
+    problems, _ = split_problems()
     loss = LOSS_SETTINGS[algorithm]
-    tokenizer = LeapsTokenizer()
     collector = BatchCollector(
         training_source(problems, seed),
         engine.generate,
-        tokenizer,
+        LeapsTokenizer(),
         grader,
         _collector_settings(seed, algorithm, setup),
         to_prompt=_prompt,
@@ -126,28 +126,9 @@ def run_once(
     bounds = (loss.influence_low, loss.influence_high) if isinstance(loss, FIPOSettings) else None
     with RunLogger(run_dir, total_steps=setup.num_steps, influence_bounds=bounds) as log:
 
-        def collect(step: int) -> Rollout:
-            groups, metrics = collector.collect(step)
-            return Rollout(
-                make_train_sequences(groups, older_tokens="mask"),
-                {**rollout_metrics(groups, setup.max_response_len), **metrics},
-                [{"uid": groups[0].samples[0].uid, "response": groups[0].samples[0].text}],
-            )
-
         def evaluate_after(step: int) -> None:
             with log.stage("evaluate", part_of_step=False):
-                result = evaluate(
-                    "leaps",
-                    [_prompt(problem) for problem in held_out],
-                    engine.generate,
-                    tokenizer,
-                    grader,
-                    sampling=SamplingSettings(setup.max_response_len),
-                    n_samples=setup.eval_samples,
-                    seed=seed,
-                    on_reward_error="fail",
-                )
-            log.log_evaluation(step, summary([result]))
+                log.log_evaluation(step, _evaluation(engine, grader, setup, seed))
 
         def sync(version: int) -> None:
             engine.version = version  # the engine's weights are the actor's
@@ -164,7 +145,7 @@ def run_once(
                 control=control,
                 hidden_size=model.tokens.embedding_dim,
                 actor=LeapsActor(model, lr=setup.lr),
-                collect=collect,
+                collect=partial(_rollout, collector),
                 start_training=lambda: None,
                 sync_weights=sync,
                 evaluate=evaluate_after,
@@ -186,6 +167,33 @@ def run_once(
         "num_parameters": num_parameters(model),
         **_curves(read_metrics(run_dir / EVALUATIONS_FILE), read_metrics(run_dir / METRICS_FILE)),
     }
+
+
+def _rollout(collector: BatchCollector, step: int) -> Rollout:
+    """A step's batch as the loop wants it."""
+    groups, metrics = collector.collect(step)
+    return Rollout(
+        make_train_sequences(groups, older_tokens="mask"),
+        {**rollout_metrics(groups, collector.settings.sampling.max_response_len), **metrics},
+        [{"uid": groups[0].samples[0].uid, "response": groups[0].samples[0].text}],
+    )
+
+
+def _evaluation(engine: LeapsEngine, grader: Grader, setup: Setup, seed: int) -> dict[str, float]:
+    """Accuracy and length on the held-out problems, at the temperature of training."""
+    _, held_out = split_problems()
+    result = evaluate(
+        "leaps",
+        [_prompt(problem) for problem in held_out],
+        engine.generate,
+        LeapsTokenizer(),
+        grader,
+        sampling=SamplingSettings(setup.max_response_len),
+        n_samples=setup.eval_samples,
+        seed=seed,
+        on_reward_error="fail",
+    )
+    return summary([result])
 
 
 def new_model(seed: int, setup: Setup) -> LeapsTransformer:
