@@ -17,7 +17,7 @@ from megatron_fipo.metrics.run_logger import RunLogger
 from megatron_fipo.parallel import ParallelLayout
 from megatron_fipo.problems import Problems
 from megatron_fipo.rollout.pool import EnginePool
-from megatron_fipo.rollout.server_process import start_engine
+from megatron_fipo.rollout.server_process import SPARE_TOKENS, start_engine
 from megatron_fipo.trainer.custom_generation import custom_generation
 from megatron_fipo.trainer.evaluation import evaluate
 from megatron_fipo.trainer.evaluation_report import write_problem_table
@@ -31,7 +31,6 @@ from megatron_fipo.types import GraderError, Group, Problem, Prompt, Sample, Sam
 
 NUM_LOGGED_TEXTS = 4
 EVALUATIONS_DIR = "evaluations"  # tables of problems, in the run's directory
-ENGINE_SPARE_TOKENS = 8  # SGLang keeps 6 of its context to itself
 
 
 def build_trainer_side(settings: Settings, checked: Checked, groups: Groups) -> Actor:
@@ -74,7 +73,7 @@ def start_engines(settings: Settings, layout: ParallelLayout, device: torch.devi
                 tp_size=engine.tp_size,
                 context_length=rollout.rollout_max_prompt_len
                 + max(rollout.rollout_max_response_len, settings.eval_max_response_len)
-                + ENGINE_SPARE_TOKENS,
+                + SPARE_TOKENS,
                 random_seed=settings.run.seed,
                 log_path=str(Path(settings.run.output_dir) / f"engine-{index}.log"),
                 start_timeout_s=engine.start_timeout_s,

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from megatron_fipo.arguments import parse_arguments
 
     is_rank_zero = _is_zero("RANK", "SLURM_PROCID")
-    with _Signals() as signals:
+    with Signals() as signals:
         try:
             try:
                 settings = parse_arguments(arguments)
@@ -84,7 +84,7 @@ def _checked_run(settings: Settings, ending: Callable[[], None], is_rank_zero: b
     return 0
 
 
-class _Signals:
+class Signals:
     """Inside, SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt, so that engines and graders are ended on the way out.
 
     Python drops what is raised inside a destructor: it is raised again until the run is `ending`. From then on signals
@@ -97,7 +97,7 @@ class _Signals:
         self._before: dict[int, Any] = {}
         self._hook = sys.unraisablehook
 
-    def __enter__(self) -> _Signals:
+    def __enter__(self) -> Signals:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
             self._before[number] = signal.signal(number, self._handle)
         self._hook, sys.unraisablehook = sys.unraisablehook, self._show_unraisable

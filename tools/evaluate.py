@@ -32,7 +32,7 @@ from megatron_fipo.evaluation_arguments import (
     parse_evaluation,
 )
 from megatron_fipo.flags.render import sglang_help_text
-from megatron_fipo.train import RUN_FAILED, USER_ERROR, _Signals
+from megatron_fipo.train import RUN_FAILED, USER_ERROR, Signals
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from megatron_fipo.types import Prompt, SamplingSettings
     from megatron_fipo.weights.architecture import Architecture
 
-ENGINE_SPARE_TOKENS = 8  # SGLang keeps 6 of its context to itself
 EXPORT_DIR = ".exported_weights"
 
 
@@ -59,7 +58,7 @@ class Model:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, check, evaluate. What the user can act on, and signals, are one line on stderr and a non-zero status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    with _Signals() as signals:
+    with Signals() as signals:
         try:
             if {"-h", "--help"} & set(words):
                 print(evaluation_help_text())
@@ -263,7 +262,7 @@ def open_engines(
 ) -> Iterator[EnginePool]:
     """Engines that start; `wait_ready` waits for them. Weights of --load are exported first, and removed at the end."""
     from megatron_fipo.rollout.pool import EnginePool
-    from megatron_fipo.rollout.server_process import start_engine
+    from megatron_fipo.rollout.server_process import SPARE_TOKENS, start_engine
 
     run, engine = request.run, request.engine
     with contextlib.ExitStack() as stack:
@@ -282,7 +281,7 @@ def open_engines(
                     name=f"engine-{index}",
                     dtype="bfloat16" if model.dtype == "bfloat16" else "float32",
                     tp_size=engine.tp_size,
-                    context_length=request.max_prompt_len + request.max_response_len + ENGINE_SPARE_TOKENS,
+                    context_length=request.max_prompt_len + request.max_response_len + SPARE_TOKENS,
                     random_seed=run.seed,
                     log_path=str(Path(run.output_dir) / f"engine-{index}.log"),
                     start_timeout_s=engine.start_timeout_s,

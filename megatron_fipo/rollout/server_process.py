@@ -19,6 +19,7 @@ from typing import Any, Literal
 from megatron_fipo.patches.sglang_cpu.plugin import ASKED_FOR
 from megatron_fipo.rollout.sglang_engine import ServerHandle, SGLangEngine
 
+SPARE_TOKENS = 8  # SGLang keeps 6 of its context to itself
 # What torchrun and srun tell the trainer about its own process group; SGLang would take it for its own.
 _LAUNCHER_VARIABLES = (
     "RANK",
