@@ -35,8 +35,14 @@ def histogram_of(name: str, values: Sequence[float] | np.ndarray | Mapping[str, 
         raise ValueError(f"histogram {name!r} holds {array[~np.isfinite(array)][0]}, but must hold finite numbers")
     if array.size == 0:
         return None
+    low, high = float(array.min()), float(array.max())
+    if low == high:
+        half = max(0.5, float(np.spacing(abs(low))))  # 0.5 is nothing beside a number of 2^53
+        low, high = low - half, high + half
     num_bins = min(MAX_BINS, len(np.unique(array)))
-    counts, edges = np.histogram(array, bins=num_bins)
+    if not (np.diff(np.linspace(low, high, num_bins + 1)) > 0).all():
+        num_bins = 1  # values too near to one another for an edge between them: 0.3 and 0.1 + 0.2
+    counts, edges = np.histogram(array, bins=num_bins, range=(low, high))
     return Histogram(_floats(edges), _floats(counts), float(array.sum()), float(np.square(array).sum()))
 
 

@@ -14,6 +14,7 @@ from typing import IO, Any
 METRICS_FILE = "metrics.jsonl"  # one object per step
 EVALUATIONS_FILE = "evaluations.jsonl"  # one object per evaluation; step 0 is the one before training
 SAMPLES_FILE = "samples.jsonl"  # one object per sampled text
+SURROGATES = "backslashreplace"  # half a surrogate pair, which UTF-8 cannot hold, becomes JSON's escape for it
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -41,7 +42,7 @@ def open_records(path: Path, *, resume_step: int | None) -> IO[str]:
                 "--load resumes a run"
             )
         _rewrite_until(path, resume_step)
-    return path.open("a", encoding="utf-8")
+    return path.open("a", encoding="utf-8", errors=SURROGATES)
 
 
 def append_record(file: IO[str], record: Mapping[str, Any]) -> None:
@@ -78,7 +79,7 @@ def _rewrite_until(path: Path, step: int) -> None:
         with contextlib.suppress(ValueError):  # the one line a dying writer may leave behind
             records.append(_parse(truncated, path, len(lines) + 1))
     aside = path.with_name(path.name + ".tmp")
-    with aside.open("w", encoding="utf-8") as file:
+    with aside.open("w", encoding="utf-8", errors=SURROGATES) as file:
         for record in records:
             if record["step"] <= step:
                 append_record(file, record)

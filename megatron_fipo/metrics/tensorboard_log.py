@@ -11,6 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from megatron_fipo.metrics.histograms import SUFFIX, Histogram, histogram_of
+from megatron_fipo.metrics.records import SURROGATES
 
 UPDATES_DIR = "updates"
 PLAIN = (bool, int, float, str)
@@ -89,5 +90,6 @@ def _add_histogram(writer: SummaryWriter, name: str, histogram: Histogram, step:
 
 
 def _verbatim(text: str) -> str:
-    """Markdown shows an indented block as it is."""
-    return "\n".join("    " + line for line in text.splitlines())
+    """Markdown shows an indented block as it is. Half a surrogate pair, which an event file cannot hold, is spelled."""
+    encodable = text.encode("utf-8", SURROGATES).decode("utf-8")
+    return "\n".join("    " + line for line in encodable.splitlines())

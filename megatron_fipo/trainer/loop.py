@@ -97,7 +97,7 @@ def train(run: Run, *, first_step: int) -> None:
             updates = _update(run, mini_batches, logprobs, reference)
         with run.log.stage("sync"):
             run.sync_weights(step)
-        record = {"step": step, **_step_metrics(rollout, agreement, updates)}
+        record = {"step": step} | _step_metrics(rollout, agreement, updates) | {"step": step}
         warnings = on_rank_zero(partial(_log_step, run, record), run.layout, run.control)
         for warning in warnings or ():
             run.log.say(f"warning: step {step}: {warning}")
@@ -163,9 +163,9 @@ def _step_metrics(
         # before the first update old and new log-probs are the same computation: any spread is noise
         summary["noise_gauge"] = present[0]["future_kl_std"]
     return {
+        **summary,  # first: a statistic of the user's own loss may bear the name of a step's metric
         **rollout.metrics,
         **agreement,
-        **summary,
         "num_tokens": sum(len(sequence.token_ids) for sequence in rollout.sequences),
         "histograms": rollout.histograms,
         "updates": present,

@@ -44,6 +44,7 @@ class World:
         self.num_updates_done = 0
         self.engine_version = 0
         self.skips: set[int] = set()  # numbers of updates that end in a NaN
+        self.own_statistics: dict[str, float] = {}  # of the user's own loss
 
     def collect(self, step: int) -> Rollout:
         self.diary.append(("collect", step))
@@ -87,6 +88,7 @@ class World:
         if self.num_updates_done in self.skips:
             return {"skipped": 1.0, "lr": 0.1 * n}
         metrics = {"pg_loss": n, "lr": 0.1 * n, "grad_norm": 10 * n, "skipped": 0.0}
+        metrics |= self.own_statistics
         return metrics | ({"future_kl_std": 0.01 * n} if isinstance(settings, FIPOSettings) else {})
 
     def sync_weights(self, version: int) -> None:
@@ -327,6 +329,17 @@ def test_a_skipped_update_is_counted_and_has_no_part_in_the_means(control: dist.
     assert third["lr"] == pytest.approx(0.6)
     assert len(third["updates"]) == 2
     assert world.engine_version == 3
+
+
+def test_statistics_of_the_users_own_loss_do_not_take_the_names_of_a_steps_metrics(
+    control: dist.ProcessGroup, tmp_path: Path
+) -> None:
+    world = World()
+    world.own_statistics = {"step": 0.5, "entropy": -7.0, "accuracy": 9.0, "bonus": 3.0}
+    train(make_run(world, control, tmp_path, num_steps=1), first_step=0)
+    (record,) = records(tmp_path)
+    assert (record["step"], record["entropy"], record["accuracy"], record["bonus"]) == (1, 1.5, 0.1, 3.0)
+    assert [update["entropy"] for update in record["updates"]] == [-7.0, -7.0]
 
 
 def test_what_the_guards_say_is_shown_and_what_they_stop_is_not_saved(

@@ -222,3 +222,14 @@ def test_records_are_readable_as_they_are_written(tmp_path: Path) -> None:
     with RunLogger(tmp_path, total_steps=2) as logger:
         logger.log_step({"step": 1})
         assert json.loads((tmp_path / "metrics.jsonl").read_text())["step"] == 1
+
+
+def test_texts_that_no_encoding_holds_survive_the_file_and_a_resume(tmp_path: Path) -> None:
+    sample = {"response": "\ud800 in \u4e2d\u6587", "reward_error": "exception: ValueError: \udfff"}
+    with RunLogger(tmp_path, total_steps=2) as log:
+        log.log_step(step_metrics(1))
+        log.log_samples(1, [sample])
+    assert read_metrics(tmp_path / "samples.jsonl") == [{"step": 1, **sample}]
+    assert "\u4e2d\u6587" in (tmp_path / "samples.jsonl").read_text(encoding="utf-8")
+    RunLogger(tmp_path, total_steps=2, resume_step=1).close()
+    assert read_metrics(tmp_path / "samples.jsonl") == [{"step": 1, **sample}]

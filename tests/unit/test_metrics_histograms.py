@@ -57,6 +57,16 @@ def test_one_value_and_none() -> None:
     assert histogram_of("x", {"edges": [0, 1], "counts": [0]}) is None
 
 
+def test_values_that_rounding_alone_tells_apart_share_a_bin() -> None:
+    sums = histogram_of("x", [0.3, 0.1 + 0.2, 0.3])  # a reward that adds up its parts in two orders
+    assert sums is not None
+    assert (sums.edges, sums.counts) == ((0.3, 0.1 + 0.2), (3.0,))
+    huge = histogram_of("x", [1e17] * 5)
+    assert huge is not None
+    assert huge.counts == (5.0,)
+    assert huge.edges[0] < 1e17 < huge.edges[1]
+
+
 def test_counts_are_taken_as_they_are() -> None:
     found = histogram_of("x", COUNTED)
     assert found is not None
