@@ -112,7 +112,7 @@ CASES: dict[str, Case] = {
         r"--task-args is \{'max_terms': 3\.5\}.*chain_sum", {"task": "chain_sum", "task-args": '{"max_terms": 3.5}'}
     ),
     "a prompt longer than allowed": Case(
-        r"problem .*: the prompt has \d+ tokens, but --rollout-max-prompt-len allows 9", {"rollout-max-prompt-len": 9}
+        r"96 of 96 prompts have more tokens than --rollout-max-prompt-len \(9\)", {"rollout-max-prompt-len": 9}
     ),
     "no such file": Case(r"--prompt-data is 'nothing\.jsonl'", from_file("nothing.jsonl")),
     "an empty file": Case(r"--prompt-data is 'empty\.jsonl'.*no problem", from_file("empty.jsonl")),
@@ -120,11 +120,11 @@ CASES: dict[str, Case] = {
     "a row without prompt": Case(r"no_prompt\.jsonl, line 1: --input-key is 'prompt'", from_file("no_prompt.jsonl")),
     "a line that is no object": Case(r"list\.jsonl, line 1: .*object", from_file("list.jsonl")),
     "a prompt of a file longer than allowed": Case(
-        r"problem long\.jsonl:2: the prompt has \d+ tokens, but --rollout-max-prompt-len allows 64",
+        r"1 of 2 prompts .* --rollout-max-prompt-len \(64\).*long\.jsonl:2; raise it, or choose --on-long-prompt skip",
         from_file("long.jsonl"),
     ),
     "a training problem that is evaluated on": Case(
-        r"--prompt-data good\.jsonl and --eval-prompt-data good\.jsonl must share no prompt",
+        r"--prompt-data good\.jsonl and the evaluation data set good must share no prompt",
         from_file("good.jsonl", **{"eval-prompt-data": "good.jsonl"}),
     ),
     # the reward
@@ -134,6 +134,41 @@ CASES: dict[str, Case] = {
     ),
     "a reward that is not there": Case(r"nowhere_module", {"custom-rm-path": "nowhere_module:f"}),
     "a reward whose module raises": Case(r"raising_module:f.*on purpose", {"custom-rm-path": "raising_module:f"}),
+    "a reward that does not fail or drop": Case(r"--on-reward-error is 'skip'.*fail", {"on-reward-error": "skip"}),
+    # the user's own functions
+    "a loss that is not there": Case(
+        r"--custom-loss-function-path is 'nowhere_module:f'.*not importable",
+        {"custom-loss-function-path": "nowhere_module:f"},
+    ),
+    "a loss that is no function": Case(
+        r"--custom-loss-function-path is 'no_path'.*module:function", {"custom-loss-function-path": "no_path"}
+    ),
+    # the recipe
+    "evaluation sets of one name": Case(
+        r"--eval-prompt-data.*good", from_file("other.jsonl", **{"eval-prompt-data": ["good.jsonl", "good=good.jsonl"]})
+    ),
+    "every prompt left out": Case(
+        r"--rollout-max-prompt-len", from_file("good.jsonl", **{"on-long-prompt": "skip", "rollout-max-prompt-len": 2})
+    ),
+    "partial rollouts of batches that need all": Case(
+        r"--over-sampling-batch-size is 4.*--partial-rollout-len", {"partial-rollout-len": 4}
+    ),
+    "older tokens corrected by nothing": Case(
+        r"--partial-rollout-older-tokens is 'correct'.*--use-tis",
+        {"partial-rollout-len": 4, "over-sampling-batch-size": 8, "partial-rollout-older-tokens": "correct"},
+    ),
+    "a bound without its correction": Case(r"--tis-clip is given.*--use-tis", {"tis-clip": 3}),
+    "a negative weight of the KL term": Case(r"--kl-coef is -1", {"kl-coef": -1}),
+    "a template without a place": Case(
+        r"--prompt-template is 'Q:'.*\{prompt\}", from_file("good.jsonl", **{"prompt-template": "Q:"})
+    ),
+    "evaluation beyond the context": Case(
+        r"--rollout-max-prompt-len \+ --eval-max-response-len is 164.*128", {"eval-max-response-len": 100}
+    ),
+    "a guard's unknown action": Case(
+        r"--guard-noise-gauge is 'maybe'.*off, warn, stop", {"guard-noise-gauge": "maybe"}
+    ),
+    "wandb where it is not": Case(r"--wandb-project is 'p'.*pip install wandb", {"wandb-project": "p"}),
     # the directories
     "a directory that holds a run": Case(r"--output-dir is 'old_run'.*metrics\.jsonl", {"output-dir": "old_run"}),
     "no directory": Case(r"--output-dir is ''", {"output-dir": ""}),
@@ -152,7 +187,8 @@ CASES: dict[str, Case] = {
 
 def command_line(case: Case) -> list[str]:
     flags = {"hf-checkpoint": "model", **BASE, **case.flags}
-    return [word for flag, value in flags.items() if value is not None for word in (f"--{flag}", str(value))]
+    given = {flag: value if isinstance(value, list) else [value] for flag, value in flags.items() if value is not None}
+    return [word for flag, values in given.items() for word in (f"--{flag}", *map(str, values))]
 
 
 def make_inputs(directory: Path, model: Path) -> None:
@@ -177,6 +213,7 @@ def make_inputs(directory: Path, model: Path) -> None:
     good = '{"prompt": "1 + 1 =", "label": "2"}\n'
     for name, text in {
         "good": good,
+        "other": '{"prompt": "3 + 3 =", "label": "6"}\n',
         "empty": "\n",
         "malformed": good + '{"prompt": "2 + 2 =", "label"\n',
         "no_prompt": '{"question": "1 + 1 =", "label": "2"}\n',
