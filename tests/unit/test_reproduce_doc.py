@@ -82,6 +82,16 @@ def test_layouts_divide_the_models_and_the_ranks(text: str) -> None:
         assert heads % engine.tp_size == groups % engine.tp_size == 0
 
 
+def test_engines_are_given_the_time_that_a_generation_batch_takes(text: str) -> None:
+    for _, settings in training_commands(text):
+        assert settings.rollout.over_sampling_batch_size is not None
+        assert settings.engine.num_engines is not None
+        num_responses = settings.rollout.over_sampling_batch_size * settings.batch.n_samples_per_prompt
+        num_tokens = num_responses * settings.rollout.rollout_max_response_len / 2
+        tokens_per_s = 10_000 * settings.engine.num_engines
+        assert settings.engine.request_timeout_s >= num_tokens / tokens_per_s, settings.run.output_dir
+
+
 def test_the_evaluation_tool_repeats_the_runs_own_evaluation(text: str) -> None:
     runs = {settings.run.save: settings for _, settings in training_commands(text)}
     evaluations = commands(text, "python tools/evaluate.py")
