@@ -154,7 +154,7 @@ def settings_from(given: Mapping[str, Given], notes: Sequence[str] = ()) -> Sett
     """Defaults, then the preset, then what was given; checked and resolved. Raises ValueError like parse_arguments."""
     preset = PRESETS[given["preset"].value] if "preset" in given else {}
     explicit = {setting: entry.value for entry in given.values() for setting in entry.option.settings}
-    values: dict[str, Any] = {**preset, **explicit}
+    values: dict[str, Any] = {**_fitted(preset, explicit), **explicit}
     algorithm = values.get("algorithm", DEFAULT_ALGORITHM)
     _check_algorithm(algorithm, preset, given)
 
@@ -229,6 +229,14 @@ def _resolved(rollout: RolloutSettings, batch: BatchSettings, algorithm: str) ->
 def _default_on(value: bool | None, algorithm: str) -> bool:
     """What is on for DAPO and FIPO and off for GRPO, unless it is said."""
     return algorithm != "grpo" if value is None else value
+
+
+def _fitted(preset: Mapping[str, Any], explicit: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The preset for a rollout batch of the size given: its generation batch stays the same multiple of that."""
+    generated, trained = "rollout.over_sampling_batch_size", "batch.rollout_batch_size"
+    if not preset or trained not in explicit:
+        return preset
+    return {**preset, generated: preset[generated] // preset[trained] * explicit[trained]}
 
 
 def _check_algorithm(algorithm: str, preset: Mapping[str, Any], given: Mapping[str, Given]) -> None:

@@ -1,8 +1,8 @@
 """The settings of the FIPO paper (arXiv 2603.19835, tables 2 and 3 and the released scripts), for `--preset`.
 
-A preset fills in settings that no flag gives. The models they belong to: Qwen2.5-32B, and Qwen2.5-Math-7B with its
-context raised from 4096 to 32768 positions in config.json. The paper's entropy coefficient is 0: there is no such term
-here. docs/reproduce.md has the commands.
+A preset fills in settings that no flag gives; its generation batch stays a multiple of --rollout-batch-size. The models
+they belong to: Qwen2.5-32B, and Qwen2.5-Math-7B with its context raised from 4096 to 32768 positions in config.json.
+The paper's entropy coefficient is 0: there is no such term here. docs/reproduce.md has the commands.
 """
 
 from __future__ import annotations

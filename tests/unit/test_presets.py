@@ -171,3 +171,14 @@ def test_explicit_flags_win(flags: list[str], path: str, value: Any) -> None:
         assert {other: value_of(settings, other) for other in others} == {
             other: TABLE["fipo-qwen2.5-32b"][other] for other in others
         }
+
+
+@pytest.mark.parametrize(("name", "multiple"), [("fipo-qwen2.5-32b", 4), ("dapo-qwen2.5-math-7b", 3)])
+def test_a_generation_batch_stays_a_multiple_of_a_rollout_batch_of_another_size(name: str, multiple: int) -> None:
+    settings = parse("--preset", name, "--rollout-batch-size", "64")
+    assert settings.rollout.over_sampling_batch_size == multiple * 64
+    assert rows_of(settings)["rollout.over_sampling_batch_size"] == [str(multiple * 64), "preset"]
+    explicit = parse("--preset", name, "--rollout-batch-size", "64", "--over-sampling-batch-size", "100")
+    assert explicit.rollout.over_sampling_batch_size == 100
+    with pytest.raises(ValueError, match="--rollout-batch-size is 0"):
+        parse("--preset", name, "--rollout-batch-size", "0")
