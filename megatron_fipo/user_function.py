@@ -14,7 +14,7 @@ def load_user_function(flag: str, path: str) -> Callable[..., Any]:
     passes through.
     """
     module_name, _, function_name = path.partition(":")
-    if not module_name or not function_name:
+    if not module_name or not function_name or module_name.startswith("."):
         raise ValueError(f"{flag} is {path!r}, but must be module:function")
     try:
         module = importlib.import_module(module_name)

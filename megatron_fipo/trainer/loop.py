@@ -156,9 +156,11 @@ def _step_metrics(
     present = [update for update in updates if update is not None]
     made = [update for update in present if not update["skipped"]]
     summary: dict[str, float] = {"num_skipped_updates": len(present) - len(made), "lr": present[-1]["lr"]}
-    for name, value in made[0].items() if made else ():
-        if isinstance(value, int | float) and name not in ("lr", "skipped"):
-            summary[name] = _over_updates(name, [update[name] for update in made])
+    # the user's own loss may give a statistic in some updates only
+    numbers = {name: None for update in made for name, value in update.items() if isinstance(value, int | float)}
+    for name in numbers:
+        if name not in ("lr", "skipped"):
+            summary[name] = _over_updates(name, [update[name] for update in made if name in update])
     if "future_kl_std" in present[0]:
         # before the first update old and new log-probs are the same computation: any spread is noise
         summary["noise_gauge"] = present[0]["future_kl_std"]

@@ -166,6 +166,7 @@ def test_a_completion_that_cannot_be_trained_on_is_refused(changes: dict[str, An
     [
         ("users_generation", "must be module:function"),
         (":rollout", "must be module:function"),
+        (".users_generation:rollout", "must be module:function"),
         ("users_generation:", "must be module:function"),
         ("no_such_module.at_all:rollout", "the module 'no_such_module.at_all' is not importable"),
         ("users_generation:nothing", "has no function 'nothing'"),

@@ -45,6 +45,7 @@ class World:
         self.engine_version = 0
         self.skips: set[int] = set()  # numbers of updates that end in a NaN
         self.own_statistics: dict[str, float] = {}  # of the user's own loss
+        self.even_statistics: dict[str, float] = {}  # and those of every other update
 
     def collect(self, step: int) -> Rollout:
         self.diary.append(("collect", step))
@@ -88,7 +89,7 @@ class World:
         if self.num_updates_done in self.skips:
             return {"skipped": 1.0, "lr": 0.1 * n}
         metrics = {"pg_loss": n, "lr": 0.1 * n, "grad_norm": 10 * n, "skipped": 0.0}
-        metrics |= self.own_statistics
+        metrics |= self.own_statistics | ({} if self.num_updates_done % 2 else self.even_statistics)
         return metrics | ({"future_kl_std": 0.01 * n} if isinstance(settings, FIPOSettings) else {})
 
     def sync_weights(self, version: int) -> None:
@@ -340,6 +341,14 @@ def test_statistics_of_the_users_own_loss_do_not_take_the_names_of_a_steps_metri
     (record,) = records(tmp_path)
     assert (record["step"], record["entropy"], record["accuracy"], record["bonus"]) == (1, 1.5, 0.1, 3.0)
     assert [update["entropy"] for update in record["updates"]] == [-7.0, -7.0]
+
+
+def test_a_statistic_of_some_updates_only_is_averaged_over_those(control: dist.ProcessGroup, tmp_path: Path) -> None:
+    world = World()
+    world.even_statistics = {"rare": 4.0}
+    train(make_run(world, control, tmp_path, num_steps=1), first_step=0)
+    (record,) = records(tmp_path)
+    assert (record["rare"], record["pg_loss"]) == (4.0, 1.5)
 
 
 def test_what_the_guards_say_is_shown_and_what_they_stop_is_not_saved(
