@@ -178,7 +178,18 @@ def settings_from(given: Mapping[str, Given], notes: Sequence[str] = ()) -> Sett
     }
     origin = {setting: "flag" if setting in explicit else "preset" for setting in values}
     provenance = {setting: origin.get(setting, "default") for setting, _ in _flat(algorithm, sections)}
-    return Settings(algorithm=cast(Algorithm, algorithm), **sections, provenance=provenance, notes=tuple(notes))
+    notes = (*notes, *_evaluation_notes(sections["data"]))
+    return Settings(algorithm=cast(Algorithm, algorithm), **sections, provenance=provenance, notes=notes)
+
+
+def _evaluation_notes(data: DataSettings) -> list[str]:
+    """What greedy evaluation makes of settings that are for sampling."""
+    if data.eval_temperature > 0 or data.n_samples_per_eval_prompt == 1:
+        return []
+    return [
+        f"--n-samples-per-eval-prompt {data.n_samples_per_eval_prompt} draws the same response as often: "
+        "--eval-temperature is 0 (greedy)"
+    ]
 
 
 def config_text(settings: Settings) -> str:

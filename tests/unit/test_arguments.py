@@ -240,6 +240,13 @@ def test_micro_batch_size_is_accepted_with_a_note():
     assert "--max-tokens-per-micro-batch" in note
 
 
+def test_many_greedy_responses_to_an_evaluation_prompt_are_worth_a_note():
+    (note,) = parse("--n-samples-per-eval-prompt", "32").notes
+    assert "--n-samples-per-eval-prompt 32" in note
+    assert "--eval-temperature is 0" in note
+    assert parse("--n-samples-per-eval-prompt", "32", "--eval-temperature", "0.6").notes == parse().notes == ()
+
+
 def test_explicit_flags_win_over_the_preset_whatever_the_order():
     for flags in (
         ["--preset", "fipo-qwen2.5-math-7b", "--lr", "2e-6"],
