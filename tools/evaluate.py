@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -376,7 +377,8 @@ def _digest_of_prompts(prompts: Sequence[Prompt]) -> str:
     digest = hashlib.sha256()
     for prompt in prompts:
         problem = prompt.problem
-        digest.update(repr((problem.uid, prompt.token_ids.tolist(), problem.ground_truth)).encode())
+        told = json.dumps(problem.extra, sort_keys=True)  # to the reward, beside the ground truth
+        digest.update(repr((problem.uid, prompt.token_ids.tolist(), problem.ground_truth, told)).encode())
     return digest.hexdigest()
 
 

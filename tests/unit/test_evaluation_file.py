@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from megatron_fipo.trainer.evaluation_file import RESPONSES_FILE, Block, Respons
 from megatron_fipo.trainer.evaluation_result import EvaluatedProblem, EvaluatedResponse
 from megatron_fipo.types import Problem, Prompt
 
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "evaluate.py"
 NUM_SAMPLES = 2
 SETTINGS = {"--seed": 1, "--eval-temperature": 1.0, "model.safetensors (SHA-256)": "ab"}
 DATA_SETS = {
@@ -130,3 +133,20 @@ def test_two_evaluations_do_not_write_to_one_directory(tmp_path: Path) -> None:
         opened(tmp_path)
     with opened(tmp_path):
         pass
+
+
+def test_the_settings_tell_apart_prompts_that_reach_the_reward_with_other_columns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spec = importlib.util.spec_from_file_location("evaluate_tool", TOOL)
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, tool)  # where its dataclasses look for it
+    spec.loader.exec_module(tool)
+
+    def digest(extra: dict[str, Any]) -> str:
+        return tool._digest_of_prompts([Prompt(Problem("a:1", "?", "1", extra=extra), np.array([1]))])
+
+    assert digest({"metadata": {"x": 1, "y": 2}}) == digest({"metadata": {"y": 2, "x": 1}})
+    assert digest({"metadata": {"x": 1, "y": 2}}) != digest({"metadata": {"x": 1, "y": 3}})
