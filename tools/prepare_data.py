@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_fipo.config import require
 from megatron_fipo.data import make_sources
 from megatron_fipo.data.build import rows_shown, without_contradictions
 from megatron_fipo.data.files import FileFormat, ProblemFile, read_problem_file
@@ -141,6 +142,9 @@ def make(args: argparse.Namespace) -> int:
     """Write training problems of a seeded task, and with --eval-out its held-out ones, which share no question."""
     out = _output(args.out, args)
     eval_out = None if args.eval_out is None else _output(args.eval_out, args)
+    require(args.num_problems >= 1, "--num-problems", args.num_problems, ">= 1")
+    if eval_out is not None and eval_out.resolve() == out.resolve():
+        raise ValueError(f"--eval-out is {args.eval_out!r}, the file of the training problems; give another one")
     try:
         task_args = json.loads(args.task_args)
     except json.JSONDecodeError as error:

@@ -185,3 +185,13 @@ def test_make_writes_a_task_and_what_it_holds_out(tmp_path: Path, run: Run) -> N
     assert (status, "begins the answers itself" in said) == (2, True)
     status, _, said = run("make", "coin_flip", tmp_path / "x.jsonl", "--num-problems", 3, "--task-args", "{")
     assert (status, "--task-args is '{', which is not JSON" in said) == (2, True)
+
+
+def test_make_writes_no_empty_file_and_none_over_another(tmp_path: Path, run: Run) -> None:
+    out = tmp_path / "train.jsonl"
+    status, _, said = run("make", "coin_flip", out, "--num-problems", 0)
+    assert (status, "--num-problems is 0, but must be >= 1" in said) == (2, True)
+    same = tmp_path / "." / "train.jsonl"
+    status, _, said = run("make", "coin_flip", out, "--num-problems", 3, "--eval-out", same)
+    assert (status, "the file of the training problems" in said) == (2, True)
+    assert not list(tmp_path.iterdir())
