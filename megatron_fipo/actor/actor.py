@@ -15,7 +15,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from megatron_fipo.actor import pipeline
-from megatron_fipo.actor.model import build_policy, transformer_config
+from megatron_fipo.actor.model import build_policy, gather_parameters, transformer_config
 from megatron_fipo.actor.optimizer import build_optimizer, build_scheduler
 from megatron_fipo.actor.reference import ReferenceWeights, copy_weights, weights_lent
 from megatron_fipo.actor.setup import Groups
@@ -132,6 +132,7 @@ class Actor:
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The current weights as (Hugging Face name, tensor), on rank 0; every rank must exhaust the iterator."""
+        gather_parameters(self.chunks)
         return export_weights(self.chunks, self.arch, self.layout, self.groups, self.table)
 
     def _packed(

@@ -34,7 +34,7 @@ from megatron_fipo.actor.checkpoint_files import (
     read_run_state,
     seal,
 )
-from megatron_fipo.actor.model import unwrapped
+from megatron_fipo.actor.model import gather_parameters, unwrapped
 
 
 def save_checkpoint(actor: Actor, root: str, step: int, trainer_state: Mapping[str, Any] | None) -> None:
@@ -48,6 +48,7 @@ def save_checkpoint(actor: Actor, root: str, step: int, trainer_state: Mapping[s
     aside = agreed(lambda: str(begin_aside(Path(root), step)) if rank == 0 else None, control)[0]
     assert aside is not None, "rank 0 names the directory"
     directory = Path(aside)
+    gather_parameters(actor.chunks)
     with _writing_in_this_process():
         try:
             dist_checkpointing.save(_sharded_state(actor, is_loading=False), aside, content_metadata=_format(actor))

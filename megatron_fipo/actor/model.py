@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -165,6 +165,14 @@ def build_policy(
         # as in Megatron-LM: communication of the later chunks hides behind computation by itself
         chunks.append(DistributedDataParallel(config, ddp_config, module, disable_bucketing=index > 0))
     return chunks
+
+
+def gather_parameters(chunks: Sequence[DistributedDataParallel]) -> None:
+    """Before anything but a forward pass reads parameters: with `overlap_param_gather` an optimizer step leaves every
+    rank its own shard new and the others' old, until the next forward pass or this. Collective over all ranks."""
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def unwrapped(model: nn.Module) -> PolicyModel:

@@ -10,7 +10,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
-from megatron_fipo.actor.model import unwrapped
+from megatron_fipo.actor.model import gather_parameters, unwrapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,9 +44,7 @@ def weights_lent(chunks: Sequence[DistributedDataParallel], reference: Reference
 
 
 def _exchange(chunks: Sequence[DistributedDataParallel], reference: ReferenceWeights) -> None:
-    for chunk in chunks:
-        if chunk.ddp_config.overlap_param_gather:
-            chunk.start_param_sync(force_sync=True)
+    gather_parameters(chunks)
     tensors = _tensors_of(chunks)
     assert len(tensors) == len(reference.values), (len(tensors), len(reference.values))
     with torch.no_grad():

@@ -38,10 +38,12 @@ def make_actor(
     budget: int = 64,
     bf16: bool = False,
     distributed_optimizer: bool = True,
+    overlap: bool = False,
     transformer: dict[str, Any] | None = None,
     keep_reference: bool = False,
 ) -> Actor:
-    """An actor with the checkpoint's weights."""
+    """An actor with the checkpoint's weights; with `overlap`, gradients and parameters go round beside the passes."""
+    overlapped = {"overlap_param_gather": True} if overlap else {}
     return build_actor(
         read_architecture(model_dir),
         HFWeights(model_dir),
@@ -51,8 +53,8 @@ def make_actor(
         device=torch.device("cpu"),
         transformer_impl="local",
         transformer=transformer or {},
-        ddp={"use_distributed_optimizer": distributed_optimizer},
-        optimizer=OPTIMIZER,
+        ddp={"use_distributed_optimizer": distributed_optimizer, "overlap_grad_reduce": overlap, **overlapped},
+        optimizer={**OPTIMIZER, **overlapped},
         lr_warmup_iters=0,
         max_tokens_per_micro_batch=budget,
         max_response_len=32,

@@ -56,6 +56,7 @@ CORRECTED_CASES: list[dict[str, Any]] = [
     {"semantics": "released", "budget": 47, "corrections": CORRECTIONS["tis"], "distributed_optimizer": False},
     {"algorithm": "grpo", "budget": 40, "corrections": CORRECTIONS["icepop"]},
 ]
+OVERLAPPED_CASE = {"semantics": "paper", "budget": 31, "overlap": True}
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +177,7 @@ def updates(
     model_dir: Path, references: dict[tuple[str, str], dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, list[dict[str, Any]]]:
     old_logprobs = references["fipo", "paper"]["old"]
-    more_cases = dict.fromkeys(CORRECTED_LAYOUTS, CORRECTED_CASES)
+    more_cases = {**dict.fromkeys(CORRECTED_LAYOUTS, CORRECTED_CASES), "dp2": [OVERLAPPED_CASE]}
     return updates_of(LAYOUTS, CASES, model_dir, old_logprobs, tmp_path_factory.mktemp("ranks"), more_cases)
 
 
@@ -188,6 +189,13 @@ def test_an_update_is_the_same_in_every_layout(
         wanted = references[case.get("algorithm", "fipo"), case.get("semantics", "paper")]
         assert_same_update(found, wanted)
         assert ("gradients" in found) == (case.get("distributed_optimizer") is False)
+
+
+def test_what_is_exported_right_after_an_update_is_new_where_parameters_are_gathered_late(
+    updates: dict[str, list[dict[str, Any]]], references: dict[tuple[str, str], dict[str, Any]]
+) -> None:
+    (found,) = updates["dp2"][len(CASES) :]
+    assert_same_update(found, references["fipo", "paper"])
 
 
 @pytest.mark.parametrize("layout", CORRECTED_LAYOUTS)

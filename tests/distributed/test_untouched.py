@@ -4,6 +4,7 @@ whose loss or gradient is not finite, on any rank."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -24,12 +25,13 @@ from megatron_fipo.types import TrainSequence
 NUM_SEQUENCES = 8
 LAYOUTS: dict[str, dict[str, Any]] = {  # of two ranks; one job for all: starting its processes takes longest
     "dp2": {},
+    "dp2 overlapped": {"overlap": True},
     "pp2 vpp2 bf16": {"pp": 2, "vpp": 2, "bf16": True},
     "tp2 sp": {"tp": 2, "sp": True},
     "cp2": {"cp": 2},
     "ep2": {"ep": 2, "moe": True},
 }
-POISONED_LAYOUTS = ("dp2", "pp2 vpp2 bf16")
+POISONED_LAYOUTS = ("dp2", "dp2 overlapped", "pp2 vpp2 bf16")
 CORRECTION = {"use_tis": True, "kl_coef": 0.1}
 LOSS = ("log-probs", "old log-probs", "advantages", "rollout log-probs", "reference log-probs", "weights")
 
@@ -59,7 +61,7 @@ def test_after_updates_the_reference_is_the_old_log_probs_of_before_them(
 
 
 def test_the_reference_is_the_checkpoint_s_and_not_the_resumed_state_s(found: dict[str, list[dict[str, Any]]]) -> None:
-    for rank in found["dp2"]:
+    for rank in found["dp2"] + found["dp2 overlapped"]:
         assert rank["resumed"] == {"reference is the first log-probs": True, "weights are the saved ones": True}
 
 
@@ -101,17 +103,17 @@ def run_layouts(root: str, layouts: dict[str, dict[str, Any]]) -> dict[str, dict
     results: dict[str, dict[str, Any]] = {}
     for name, given in layouts.items():
         print("layout", name, flush=True)
-        sizes = {key: value for key, value in given.items() if key not in ("bf16", "moe")}
+        sizes = {key: value for key, value in given.items() if key not in ("bf16", "moe", "overlap")}
         made = make_groups(**sizes)
         directory = str(Path(root) / ("moe" if given.get("moe") else "dense"))
 
-        def build(directory: str = directory, made: Any = made, bf16: bool = bool(given.get("bf16"))) -> Any:
-            return make_actor(directory, *made, bf16=bf16, keep_reference=True)
+        options = {key: given[key] for key in ("bf16", "overlap") if key in given}
+        build = functools.partial(make_actor, directory, *made, keep_reference=True, **options)
 
         mine = make_sequences(NUM_SEQUENCES)[made[0].dp_rank :: made[0].dp]
         results[name] = {"lent": lend(build(), build(), mine)}
-        if name == "dp2":
-            results[name]["resumed"] = resume(build(), build(), mine, Path(root) / "saved")
+        if made[0].dp == 2 and not given.get("moe"):
+            results[name]["resumed"] = resume(build(), build(), mine, Path(root) / f"saved {name}")
         if name in POISONED_LAYOUTS:
             values = (math.nan, math.inf, -math.inf) if name == "dp2" else (math.nan,)
             results[name]["poisoned"] = poison(build(), build(), mine, values)
@@ -121,6 +123,9 @@ def run_layouts(root: str, layouts: dict[str, dict[str, Any]]) -> dict[str, dict
 
 def state_of(actor: Any) -> list[torch.Tensor]:
     """Everything an update changes: parameters, their masters, moments, step counters, rates, the schedule's place."""
+    from megatron_fipo.actor.model import gather_parameters
+
+    gather_parameters(actor.chunks)
     optimizers = getattr(actor.optimizer, "chained_optimizers", [actor.optimizer])
     tensors = [tensor for chunk in actor.chunks for tensor in chunk.parameters()]
     for part in optimizers:
@@ -235,7 +240,7 @@ def poison(actor: Any, control: Any, sequences: list[TrainSequence], values: Seq
     attempt("own statistics nan", correction=own)
     weight = next(actor.chunks[-1].parameters()).data.view(-1)
     kept = weight[0].clone()
-    if is_broken_here:
+    if is_broken_here or actor.chunks[0].ddp_config.overlap_param_gather:  # which would bring the owner's value
         weight[0] = float("nan")
     attempt("weights nan")
     weight[0] = kept
