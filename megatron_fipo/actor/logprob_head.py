@@ -49,6 +49,9 @@ def policy_output(
         hidden_states = gather_from_sequence_parallel_region(
             hidden_states, tensor_parallel_output_grad=True, group=context.tp_group
         )
+    # the layer itself is never called: with overlap_param_gather its hook is what waits for its weight
+    for hook in output_layer._forward_pre_hooks.values():
+        hook(output_layer, ())
     labels, loss_mask = labels[0], loss_mask[0]
     positions = loss_mask.nonzero()[:, 0]
     chosen = hidden_states.index_select(0, packed_seq_params.rows[positions])  # [N, 1, h]

@@ -26,6 +26,7 @@ NUM_SEQUENCES = 8
 LAYOUTS: dict[str, dict[str, Any]] = {  # of two ranks; one job for all: starting its processes takes longest
     "dp2": {},
     "dp2 overlapped": {"overlap": True},
+    "pp2 overlapped": {"pp": 2, "overlap": True},
     "pp2 vpp2 bf16": {"pp": 2, "vpp": 2, "bf16": True},
     "tp2 sp": {"tp": 2, "sp": True},
     "cp2": {"cp": 2},
