@@ -82,9 +82,14 @@ def _checked(result: Any, path: str) -> tuple[Tensor, dict[str, Any]]:
     own = {
         "loss_sum": loss.detach().double().reshape(1),
         "num_kept": num_kept.reshape(1),
-        **{name: values.detach() for name, values in token_stats.items()},
+        **{name: _without_bfloat16(values.detach()) for name, values in token_stats.items()},
     }
     return loss, {**info, "num_kept": num_kept.reshape(()), "token_stats": own}
+
+
+def _without_bfloat16(values: Tensor) -> Tensor:
+    """NumPy, in whose arrays the statistics go to rank 0, does not have it."""
+    return values.float() if values.dtype == torch.bfloat16 else values
 
 
 def _kind(value: Any) -> str:

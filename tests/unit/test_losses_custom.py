@@ -108,6 +108,14 @@ def test_a_wrong_return_says_what_was_found_and_wanted(result: Any, message: str
         load_custom_loss(f"{module}:given")(torch.zeros(3), result=result)
 
 
+def test_its_statistics_may_be_bfloat16_which_numpy_does_not_have(module: str) -> None:
+    stats = {"a": torch.tensor([0.5, 1.0], dtype=torch.bfloat16, requires_grad=True)}
+    _, info = load_custom_loss(f"{module}:given")(
+        torch.zeros(3), result=(torch.zeros(()), {"num_kept": 1, "token_stats": stats})
+    )
+    assert info["token_stats"]["a"].numpy().tolist() == [0.5, 1.0]
+
+
 def test_its_metrics_are_the_means_of_what_it_gives_over_all_micro_batches(module: str) -> None:
     logprobs, old, advantages, mask, settings = arguments()
     loss_of = load_custom_loss(f"{module}:reinforce")
