@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from megatron_fipo.arguments import Settings
+from megatron_fipo.config import require
 from megatron_fipo.data import make_sources
 from megatron_fipo.data.prompts import PromptEncoder, PromptFormat, PromptTooLong, fitting_prompt
 from megatron_fipo.data.source import ProblemSource, SeededSource
@@ -18,6 +19,12 @@ from megatron_fipo.rewards import GraderPool, reward_name
 from megatron_fipo.types import Problem, Prompt
 
 NUM_FIRST_CHECKED = 32  # of a task, which has no end
+COMPARING_REWARDS = (
+    "dapo_math",
+    "exact",
+    "math_verify",
+    "small_arithmetic",
+)  # with the ground truth, as text or number
 MAX_CHECKED = 50_000  # of a file: about 15 s
 
 
@@ -81,6 +88,7 @@ def open_problems(settings: Settings) -> Problems:
     data = settings.data
     source, held_out, notes = make_sources(data, settings.run.seed)
     reward = reward_name(data)
+    require_ground_truths(reward, source, held_out)
     tokenizer = load_tokenizer(settings.run.hf_checkpoint)
     encoder = PromptEncoder(tokenizer, PromptFormat(data.apply_chat_template, data.prompt_template, data.system_prompt))
     length_notes = check_prompts(
@@ -95,6 +103,28 @@ def open_problems(settings: Settings) -> Problems:
         settings.rollout.rollout_max_prompt_len,
         data.on_long_prompt,
         (*notes, *length_notes),
+    )
+
+
+def require_ground_truths(reward: str, source: ProblemSource, held_out: Mapping[str, Sequence[Problem]]) -> None:
+    """Raise ValueError when a reward that compares with the ground truth is to compare with a blank one.
+
+    It would call a blank answer right. A judge of the user's own may do without.
+    """
+    if reward not in COMPARING_REWARDS:
+        return
+    training, _ = _checkable(source)
+    blank = [
+        problem.uid
+        for problems in (training, *held_out.values())
+        for problem in problems
+        if not problem.ground_truth.strip()
+    ]
+    require(
+        not blank,
+        "--label-key",
+        ", ".join(blank[:3]),
+        f"a column without blanks: {len(blank)} problems have no ground truth for {reward}",
     )
 
 

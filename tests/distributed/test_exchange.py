@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -100,14 +101,16 @@ def test_values_are_gathered_in_rank_order(ranks: list[dict[str, Any]]) -> None:
 def test_agreement_covers_every_data_parallel_rank(ranks: list[dict[str, Any]]) -> None:
     # rank r holds 2 + r tokens to train on, each off by r + 1, of entropy r
     assert ranks[1]["agreement"] is None
-    assert ranks[0]["agreement"] == pytest.approx(
-        {
-            "entropy": (2 * 0 + 3 * 1) / 5,
-            "engine_mismatch/mean": (2 * 1 + 3 * 2) / 5,
-            "engine_mismatch/max": 2.0,
-            "engine_mismatch/num_tokens": 5,
-        }
-    )
+    wanted = {
+        "entropy": (2 * 0 + 3 * 1) / 5,
+        "engine_mismatch/mean": (2 * 1 + 3 * 2) / 5,
+        "engine_mismatch/max": 2.0,
+        "engine_mismatch/num_tokens": 5,
+        "engine_mismatch/older_tokens": 0.0,
+        "engine_mismatch/ratio_mean": (2 * math.exp(1) + 3 * math.exp(2)) / 5,
+    }
+    found = ranks[0]["agreement"]
+    assert {name: found[name] for name in wanted} == pytest.approx(wanted)
 
 
 # ---- on every rank

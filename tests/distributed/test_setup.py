@@ -278,8 +278,8 @@ def test_every_requirement_is_an_exact_version_given_once(repo_root: Path) -> No
     named: dict[str, str] = {}
     for name in ("torch", "build", "cpu", "cpu-no-deps", "test", "kernels", "constraints"):
         for pin in pins(repo_root, name):
-            assert re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*", pin), f"{name}.txt: {pin}"
-            package = re.sub(r"[-_.]+", "-", pin.partition("==")[0]).lower()
+            assert re.fullmatch(r"[A-Za-z0-9._-]+(\[[a-z0-9_]+\])?==[0-9][A-Za-z0-9.]*", pin), f"{name}.txt: {pin}"
+            package = re.sub(r"[-_.]+", "-", re.split(r"\[|==", pin)[0]).lower()
             assert package not in named, f"{package} is in {named[package]}.txt and {name}.txt"
             named[package] = name
 

@@ -10,7 +10,7 @@ from megatron_fipo.data.files import file_source
 from megatron_fipo.data.prompts import PromptEncoder, PromptFormat
 from megatron_fipo.data.source import SeededSource
 from megatron_fipo.data_config import OnLongPrompt
-from megatron_fipo.problems import NUM_FIRST_CHECKED, Problems, check_prompts
+from megatron_fipo.problems import NUM_FIRST_CHECKED, Problems, check_prompts, require_ground_truths
 from megatron_fipo.types import Problem
 
 
@@ -97,3 +97,14 @@ def test_of_an_endless_source_the_first_are_checked_and_it_stays_where_it_is() -
     assert note.startswith("training, the first 32 problems: 1 of 32 prompts have more tokens")
     assert drawn == list(range(NUM_FIRST_CHECKED))
     assert source.next_problem().uid == "0"
+
+
+def test_a_blank_ground_truth_is_refused_where_a_reward_compares_with_it() -> None:
+    training = [Problem("f:1", "a", "4"), Problem("f:2", "b", " ")]
+    source = file_source("f", training, 1, shuffle=False)
+    with pytest.raises(ValueError, match=r"--label-key is 'f:2', .*1 problems have no ground truth for dapo_math"):
+        require_ground_truths("dapo_math", source, {})
+    with pytest.raises(ValueError, match=r"--label-key is 'f:0'"):
+        require_ground_truths("exact", file_source("f", training[:1], 1, shuffle=False), {"bench": problems_of(3)})
+    require_ground_truths("own:judge", source, {})
+    require_ground_truths("reasoning_gym", source, {})
