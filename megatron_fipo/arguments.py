@@ -145,8 +145,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
             _print_and_stop(texts[word](options))
     given, notes = read_arguments(words, options)
     settings = settings_from(given, notes)
-    if "command.print_config" in given:
+    if "command.print_config" in given:  # also of settings that lack the model or the data
         _print_and_stop(config_text(settings))
+    model, data = settings.run.hf_checkpoint, settings.data
+    require(bool(model), "--hf-checkpoint", model, "the directory of a Hugging Face model")
+    has_prompts = data.task is not None or data.prompt_data is not None
+    require(has_prompts, "--task", data.task, "given, or --prompt-data with a file of prompts")
     return settings
 
 

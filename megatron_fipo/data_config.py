@@ -61,19 +61,13 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         require(
-            self.task is not None or self.prompt_data is not None,
-            "--task",
-            self.task,
-            "given, or --prompt-data with a file of prompts",
-        )
-        require(
             self.task is None or self.prompt_data is None,
             "--task",
             self.task,
             f"unset when --prompt-data ({self.prompt_data}) is set",
         )
         require(
-            not self.eval_prompt_data or self.prompt_data is not None,
+            not self.eval_prompt_data or self.task is None,
             "--eval-prompt-data",
             " ".join(self.eval_prompt_data),
             "used with --prompt-data; a --task makes its own evaluation problems",

@@ -53,7 +53,7 @@ class EvaluationRequest:
     """What the command line asks for, checked."""
 
     run: RunSettings
-    data: DataSettings  # its prompt_data stands for eval_prompt_data and is not read
+    data: DataSettings
     engine: EngineSettings
     max_prompt_len: int
     max_response_len: int
@@ -117,9 +117,7 @@ def parse_evaluation(words: Sequence[str]) -> EvaluationRequest:
     _refuse_without_effect(given, has_task)
     for setting, flag in (("run.hf_checkpoint", "--hf-checkpoint"), ("run.output_dir", "--output-dir")):
         require(bool(values.get(setting)), flag, values.get(setting), "the path of a directory")
-    if not has_task:
-        data_values |= {"prompt_data": files[0], "eval_prompt_data": files}
-    data = DataSettings(**data_values)
+    data = DataSettings(**{**data_values, "eval_prompt_data": files})
     require(
         data.on_long_prompt != "skip",
         "--on-long-prompt",

@@ -29,9 +29,6 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         require(
-            bool(self.hf_checkpoint), "--hf-checkpoint", self.hf_checkpoint, "the directory of a Hugging Face model"
-        )
-        require(
             self.wandb_exp_name is None or self.wandb_project is not None,
             "--wandb-exp-name",
             self.wandb_exp_name,

@@ -47,7 +47,9 @@ def reward_name(settings: DataSettings) -> str:
             raise ValueError(f"--rm-type is {settings.rm_type!r}, but must be {_known(settings.rm_type)}")
         return settings.rm_type
     if settings.task is None:
-        raise ValueError(f"--prompt-data needs a reward: --rm-type {_known('')}, or --custom-rm-path module:function")
+        raise ValueError(
+            f"prompts of a file need a reward: --rm-type {_known('')}, or --custom-rm-path module:function"
+        )
     return "small_arithmetic" if settings.task == "small_arithmetic" else "reasoning_gym"
 
 

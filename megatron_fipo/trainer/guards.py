@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -135,7 +136,7 @@ class Guards:
                 break
         else:
             return None
-        if low < high:
+        if not math.isclose(low, high, rel_tol=1e-9):
             return ""
         return f"every response of the step scored {low:g}, so there is nothing to learn from (--guard-constant-reward)"
 
@@ -157,12 +158,13 @@ class Guards:
 def _influence_is_one(updates: Sequence[Record]) -> bool | None:
     """Whether every influence weight was 1 in the updates in which it could have been another.
 
-    That is after an update of this step that moved the parameters: not one that was skipped, nor one at learning rate
-    0 (the warm-up's first) or of gradient 0. None when there is no such update, or no influence weights (not FIPO).
+    That is after an update of this step that moved the parameters: not one that was skipped or had nothing to train
+    on, nor one at learning rate 0 (the warm-up's first) or of gradient 0. None when there is no such update, or no
+    influence weights (not FIPO).
     """
     moved, judged = False, False
     for update in updates:
-        if update.get("skipped"):
+        if update.get("skipped") or update.get("num_kept") == 0:
             continue
         if moved and "influence_weights_min" in update:
             judged = True

@@ -11,6 +11,9 @@ from megatron_fipo.losses.advantages import group_advantages
 from megatron_fipo.types import GraderError, Group, Prompt, RewardResult, Sample, TrainSequence
 
 
+ROUNDING = 1e-9  # accuracies that a reward summed up in two orders are the same
+
+
 def make_train_sequences(groups: Sequence[Group], *, older_tokens: PartialTokens) -> list[TrainSequence]:
     """Every sample as prompt + response, with its group advantage on the positions that predict the response.
 
@@ -37,7 +40,8 @@ def advantages_of(group: Group) -> np.ndarray:
 
 def is_informative(group: Group) -> bool:
     """Whether the graded samples' accuracies are not all equal (then not all advantages are 0, the penalty aside)."""
-    return len(set(accuracies_of(group))) > 1
+    accuracies = accuracies_of(group)
+    return len(accuracies) > 1 and max(accuracies) - min(accuracies) > ROUNDING
 
 
 def accuracies_of(group: Group) -> list[float]:

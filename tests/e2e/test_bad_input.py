@@ -128,7 +128,7 @@ CASES: dict[str, Case] = {
         from_file("good.jsonl", **{"eval-prompt-data": "good.jsonl"}),
     ),
     # the reward
-    "a file without reward": Case(r"--prompt-data needs a reward", {"task": None, "prompt-data": "good.jsonl"}),
+    "a file without reward": Case(r"prompts of a file need a reward", {"task": None, "prompt-data": "good.jsonl"}),
     "an unknown reward": Case(
         r"--rm-type is 'exakt'.*did you mean 'exact'", {**from_file("good.jsonl"), "rm-type": "exakt"}
     ),

@@ -272,6 +272,17 @@ def test_every_setting_of_a_preset_exists():
         assert set(preset) <= known
 
 
+def test_print_config_shows_a_preset_without_model_and_data(capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        parse_arguments(["--preset", "fipo-qwen2.5-32b", "--fipo-half-life", "16", "--print-config"])
+    assert stop.value.code == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["batch.n_samples_per_prompt", "16", "preset"] in rows
+    assert ["loss.half_life", "16.0", "flag"] in rows
+    assert ["run.seed", "1234", "default"] in rows
+
+
 def test_print_config_shows_every_setting_with_its_origin(capsys, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     flags = ["--preset", "dapo-qwen2.5-32b", "--lr", "2e-6", "--micro-batch-size", "1", "--sglang-page-size", "16"]

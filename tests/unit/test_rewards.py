@@ -85,7 +85,7 @@ def test_reward_name_follows_flag_then_task() -> None:
     assert reward_name(DataSettings(task="chain_sum")) == "reasoning_gym"
     assert reward_name(DataSettings(task="chain_sum", rm_type="exact")) == "exact"
     assert reward_name(DataSettings(prompt_data="x.jsonl", custom_rm_path="mine:f")) == "mine:f"
-    with pytest.raises(ValueError, match="--prompt-data needs a reward"):
+    with pytest.raises(ValueError, match="prompts of a file need a reward"):
         reward_name(DataSettings(prompt_data="x.jsonl"))
     with pytest.raises(ValueError, match=r"--rm-type is 'exakt'.*did you mean 'exact'"):
         reward_name(DataSettings(task="chain_sum", rm_type="exakt"))

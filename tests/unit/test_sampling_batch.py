@@ -187,3 +187,10 @@ def test_truncation_is_told_by_the_finish_reason_and_not_by_the_length() -> None
     group = with_sample(make_group([1.0, -1.0, 0.0, 0.0], [30, 8, 4, 4]), 1, finish_reason="length")
     metrics = rollout_metrics([group], 30)  # the first ends on its very last token
     assert (metrics["truncation_rate"], metrics["response_length/clip_ratio"]) == (0.25, 0.25)
+
+
+def test_accuracies_that_differ_by_rounding_are_equal() -> None:
+    group = make_group([1.0, 1.0], [3, 3])
+    for index, accuracy in enumerate((0.3, 0.1 + 0.2)):
+        group = with_sample(group, index, result=RewardResult(1.0, accuracy, None))
+    assert not is_informative(group)
