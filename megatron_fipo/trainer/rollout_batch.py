@@ -10,7 +10,6 @@ from megatron_fipo.config import PartialTokens
 from megatron_fipo.losses.advantages import group_advantages
 from megatron_fipo.types import GraderError, Group, Prompt, RewardResult, Sample, TrainSequence
 
-
 ROUNDING = 1e-9  # accuracies that a reward summed up in two orders are the same
 
 
