@@ -51,7 +51,7 @@ def checked_completions(path: str, requests: Sequence[GenerateRequest], completi
     """
     if not isinstance(completions, Sequence) or not all(isinstance(entry, Completion) for entry in completions):
         raise ValueError(f"{FLAG} {path} returned {_kind(completions)}, but must return a list of Completion")
-    found = {completion.uid: completion for completion in completions}
+    found = {str(completion.uid): completion for completion in completions}
     wanted = {request.uid for request in requests}
     if len(found) != len(completions) or found.keys() != wanted:
         raise ValueError(

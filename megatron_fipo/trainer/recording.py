@@ -56,7 +56,8 @@ def read_rollouts(directory: str, step: int) -> tuple[tuple[Group, ...], dict[st
             f"{path} is of format {lines[0]['format']}, but must be of format {FORMAT}, which says of every token who "
             "drew it: record the rollouts anew with --record-rollouts"
         )
-    if not lines or lines[0].get("format") != FORMAT or lines[0].get("step") != step:
+    is_header = bool(lines) and {"format", "step", "num_groups", "metrics"} <= lines[0].keys()
+    if not is_header or (lines[0]["format"], lines[0]["step"]) != (FORMAT, step):
         raise ValueError(f"{path}, line 1: found no header of format {FORMAT} for step {step}")
     header, *bodies = lines
     if len(bodies) != header["num_groups"]:

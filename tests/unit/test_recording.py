@@ -143,3 +143,13 @@ def test_a_mask_of_anything_but_0_and_1_is_refused() -> None:
     data["samples"][0]["loss_mask"][0] = 2
     with pytest.raises(ValueError, match="something else than 0 and 1"):
         group_from_dict(data)
+
+
+@pytest.mark.parametrize("missing", ["num_groups", "metrics"])
+def test_a_header_without_its_counts_is_no_header(tmp_path: Path, missing: str) -> None:
+    path = write_rollouts(str(tmp_path), 1, make_groups(), {})
+    header, *lines = path.read_text().splitlines()
+    kept = {name: value for name, value in json.loads(header).items() if name != missing}
+    path.write_text("\n".join([json.dumps(kept), *lines]) + "\n")
+    with pytest.raises(ValueError, match="line 1: found no header"):
+        read_rollouts(str(tmp_path), 1)
