@@ -27,9 +27,10 @@ def load_custom_loss(path: str) -> Loss:
     It returns (loss, info) as they do: loss [] a local sum divided by `denominator`, with its gradient; info a mapping
     with num_kept, the number Megatron divides the gradients by, summed over micro-batches and ranks, and token_stats,
     one-dimensional tensors by name that `custom_metrics` makes metrics of. A call may hold no response token at all (a
-    micro-batch that fills up a schedule, a rank's share without responses): give empty tensors then. Raises ValueError, naming the flag and
-    `path`, when there is no such function or when it returns anything else; what the module raises while it is imported
-    passes through.
+    micro-batch that fills up a schedule, a rank's share without responses): give empty tensors then.
+
+    Raises ValueError, naming the flag and `path`, when there is no such function or when it returns anything else; what
+    the module raises while it is imported passes through.
     """
     function = load_user_function(FLAG, path)
     if inspect.iscoroutinefunction(function):
