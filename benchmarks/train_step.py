@@ -123,9 +123,10 @@ class OursFactory:
     def contestant(self, sequences: list[TrainSequence]) -> Contestant:
         """FIPO on these sequences."""
         from megatron_fipo.actor import pipeline
-        from megatron_fipo.config import FIPOSettings
+        from megatron_fipo.config import CorrectionSettings, FIPOSettings
 
         actor, settings = self.actor, FIPOSettings()
+        objective = pipeline.Objective("fipo", settings, CorrectionSettings(), actor.max_response_len)
         old_logprobs, _ = actor.old_logprobs([sequences])
 
         def gradients() -> None:
@@ -133,9 +134,7 @@ class OursFactory:
             pipeline.accumulate_gradients(
                 actor.chunks,
                 actor._packed(sequences, old_logprobs),
-                algorithm="fipo",
-                settings=settings,
-                max_response_len=actor.max_response_len,
+                objective,
             )
 
         return Contestant(
