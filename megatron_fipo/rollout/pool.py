@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from megatron_fipo.rollout.engine import EngineError
+from megatron_fipo.rollout.event_loop import run
 from megatron_fipo.rollout.weight_bucket import WeightBucket
 from megatron_fipo.types import Completion, GenerateRequest
 
@@ -48,10 +49,10 @@ class EnginePool:
         async def wait() -> None:
             await _all(*(engine.await_ready() for engine in self.engines))
 
-        asyncio.run(wait())
+        run(wait())
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
-        return asyncio.run(self.agenerate(requests))
+        return run(self.agenerate(requests))
 
     async def agenerate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
         """Requests with the same prompt go to one engine, which computes the prompt once."""
@@ -87,25 +88,25 @@ class EnginePool:
                 scores.update(zip(share, answer, strict=True))
             return [scores[index] for index in range(len(token_ids))]
 
-        return asyncio.run(score_all())
+        return run(score_all())
 
     def begin_weight_update(self) -> None:
         async def begin() -> None:
             await _all(*(engine.abegin_weight_update() for engine in self.engines))
 
-        asyncio.run(begin())
+        run(begin())
 
     def push_bucket(self, bucket: WeightBucket) -> None:
         async def push() -> None:
             await _all(*(engine.apush_bucket(bucket) for engine in self.engines))
 
-        asyncio.run(push())
+        run(push())
 
     def end_weight_update(self, version: int) -> None:
         async def end() -> None:
             await _all(*(engine.aend_weight_update(version) for engine in self.engines))
 
-        asyncio.run(end())
+        run(end())
         self.weight_version = version
 
     def check_alive(self) -> None:

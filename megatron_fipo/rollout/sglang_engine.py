@@ -20,6 +20,7 @@ import numpy as np
 
 from megatron_fipo.rollout import answers
 from megatron_fipo.rollout.engine import EngineError
+from megatron_fipo.rollout.event_loop import run
 from megatron_fipo.rollout.log_tail import log_tail
 from megatron_fipo.rollout.process_group import shared_memory_of, stop_process_group
 from megatron_fipo.rollout.weight_bucket import WeightBucket
@@ -63,7 +64,7 @@ class SGLangEngine:
 
     def wait_ready(self) -> None:
         """Return once the server answers. EngineError if it ends or takes longer than its start timeout."""
-        asyncio.run(self.await_ready())
+        run(self.await_ready())
 
     async def await_ready(self) -> None:
         """`wait_ready` for callers with an event loop."""
@@ -81,7 +82,7 @@ class SGLangEngine:
         self._server.port_reservation.close()
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
-        return asyncio.run(self.agenerate(requests))
+        return run(self.agenerate(requests))
 
     async def agenerate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
         """All requests go to the scheduler at once and meet an empty prefix cache, so that the batches it forms, and
@@ -97,7 +98,7 @@ class SGLangEngine:
         return self._checked(lambda: answers.read_completions(requests, answer, self.weight_version))
 
     def score(self, token_ids: Sequence[np.ndarray]) -> list[np.ndarray]:
-        return asyncio.run(self.ascore(token_ids))
+        return run(self.ascore(token_ids))
 
     async def ascore(self, token_ids: Sequence[np.ndarray]) -> list[np.ndarray]:
         """`score` for callers with an event loop."""
@@ -109,7 +110,7 @@ class SGLangEngine:
         return self._checked(lambda: answers.read_scores(token_ids, answer))
 
     def begin_weight_update(self) -> None:
-        asyncio.run(self.abegin_weight_update())
+        run(self.abegin_weight_update())
 
     async def abegin_weight_update(self) -> None:
         """Requests that arrive from now on wait, requests in flight are aborted (and fail their caller)."""
@@ -119,7 +120,7 @@ class SGLangEngine:
         await self._post("/begin_weight_update", {})
 
     def push_bucket(self, bucket: WeightBucket) -> None:
-        asyncio.run(self.apush_bucket(bucket))
+        run(self.apush_bucket(bucket))
 
     async def apush_bucket(self, bucket: WeightBucket) -> None:
         """One handle per tensor-parallel rank; SGLang's loader takes each rank's shard of every tensor."""
@@ -129,7 +130,7 @@ class SGLangEngine:
         await self._post("/update_weights_from_tensor", payload)
 
     def end_weight_update(self, version: int) -> None:
-        asyncio.run(self.aend_weight_update(version))
+        run(self.aend_weight_update(version))
 
     async def aend_weight_update(self, version: int) -> None:
         """The cache is flushed and the version set before the first waiting request is let in."""
