@@ -17,7 +17,7 @@ from megatron_fipo.metrics.run_logger import RunLogger
 from megatron_fipo.parallel import ParallelLayout
 from megatron_fipo.problems import Problems
 from megatron_fipo.rollout.pool import EnginePool
-from megatron_fipo.rollout.server_process import SPARE_TOKENS, start_engine
+from megatron_fipo.rollout.server_process import start_engines
 from megatron_fipo.trainer.custom_generation import custom_generation
 from megatron_fipo.trainer.evaluation import evaluate
 from megatron_fipo.trainer.evaluation_report import write_problem_table
@@ -58,31 +58,19 @@ def build_trainer_side(settings: Settings, checked: Checked, groups: Groups) -> 
     )
 
 
-def start_engines(settings: Settings, layout: ParallelLayout, device: torch.device) -> EnginePool:
+def start_run_engines(settings: Settings, layout: ParallelLayout, device: torch.device) -> EnginePool:
     """Start this run's engines and return at once; `wait_ready` waits for them. Rank 0 only."""
     engine, rollout = settings.engine, settings.rollout
-    num_engines = engine.num_engines or max(1, layout.world_size // engine.tp_size)
-    engines = []
-    for index in range(num_engines):
-        placement = {} if device.type == "cpu" else {"base_gpu_id": index * engine.tp_size}
-        engines.append(
-            start_engine(
-                settings.run.hf_checkpoint,
-                name=f"engine-{index}",
-                dtype="bfloat16" if settings.megatron.bf16 else "float32",
-                tp_size=engine.tp_size,
-                context_length=rollout.rollout_max_prompt_len
-                + max(rollout.rollout_max_response_len, settings.eval_max_response_len)
-                + SPARE_TOKENS,
-                random_seed=settings.run.seed,
-                log_path=str(Path(settings.run.output_dir) / f"engine-{index}.log"),
-                start_timeout_s=engine.start_timeout_s,
-                request_timeout_s=engine.request_timeout_s,
-                server_args={**placement, **engine.server_args},
-                use_cpu=device.type == "cpu",
-            )
-        )
-    return EnginePool(engines)
+    return start_engines(
+        settings.run.hf_checkpoint,
+        engine,
+        num_engines=engine.num_engines or max(1, layout.world_size // engine.tp_size),
+        dtype="bfloat16" if settings.megatron.bf16 else "float32",
+        longest=rollout.rollout_max_prompt_len + max(rollout.rollout_max_response_len, settings.eval_max_response_len),
+        random_seed=settings.run.seed,
+        log_dir=settings.run.output_dir,
+        use_cpu=device.type == "cpu",
+    )
 
 
 class RolloutSide:

@@ -63,7 +63,7 @@ def check_run(settings: Settings, environment: Mapping[str, str]) -> Checked:
         ep=megatron.expert_model_parallel_size,
         etp=megatron.expert_tensor_parallel_size,
     )
-    device = choose_device(settings)
+    device = choose_device(settings.megatron.device)
     _check_pipeline_overlap(settings, layout, device)
     nccl_buffers = settings.megatron.ddp.get("nccl_ub", False)
     require(device.type == "cuda" or not nccl_buffers, "--use-nccl-ub", True, "absent where there is no CUDA device")
@@ -100,10 +100,9 @@ def ranks_from_environment(environment: Mapping[str, str]) -> tuple[int, int]:
     )
 
 
-def choose_device(settings: Settings) -> torch.device:
-    """The device of this rank. Raises ValueError when the one asked for is not there."""
+def choose_device(wanted: str) -> torch.device:
+    """The device of this rank, as `--device` wants it. Raises ValueError when the one asked for is not there."""
     has_cuda = torch.cuda.is_available()
-    wanted = settings.megatron.device
     require(wanted != "cuda" or has_cuda, "--device", wanted, "cpu or auto: no CUDA device is visible")
     if has_cuda and wanted != "cpu":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))))
@@ -166,7 +165,7 @@ def check_checkpoint(settings: Settings, layout: ParallelLayout) -> tuple[Archit
     if differences:
         raise ValueError("; ".join(differences))
     check_layout(arch, layout)
-    _check_engine_layout(settings.engine, arch)
+    check_engine_layout(settings.engine, arch)
     for flag, response_len in (
         ("--rollout-max-response-len", settings.rollout.rollout_max_response_len),
         ("--eval-max-response-len", settings.eval_max_response_len),
@@ -199,8 +198,9 @@ def check_checkpoint(settings: Settings, layout: ParallelLayout) -> tuple[Archit
     return arch, weights
 
 
-def _check_engine_layout(engine: EngineSettings, arch: Architecture) -> None:
-    """An engine's ranks cut attention and FFN evenly; of experts, only those that do not share them out."""
+def check_engine_layout(engine: EngineSettings, arch: Architecture) -> None:
+    """Raise ValueError unless an engine's ranks cut attention and FFN evenly; of experts, only those that do not share
+    them out."""
     tp, flag = engine.tp_size, "--rollout-num-gpus-per-engine"
     ep = engine.server_args.get("ep_size", 1)
     require(ep >= 1 and tp % ep == 0, "--sglang-ep-size", ep, f"a divisor of {flag} ({tp})")

@@ -19,12 +19,7 @@ from megatron_fipo.rewards import GraderPool, reward_name
 from megatron_fipo.types import Problem, Prompt
 
 NUM_FIRST_CHECKED = 32  # of a task, which has no end
-COMPARING_REWARDS = (
-    "dapo_math",
-    "exact",
-    "math_verify",
-    "small_arithmetic",
-)  # with the ground truth, as text or number
+COMPARING_REWARDS = ("dapo_math", "exact", "math_verify", "small_arithmetic")
 MAX_CHECKED = 50_000  # of a file: about 15 s
 
 

@@ -18,7 +18,7 @@ from megatron_fipo.assembly import (
     build_trainer_side,
     log_evaluation,
     replayed,
-    start_engines,
+    start_run_engines,
 )
 from megatron_fipo.checks import Checked
 from megatron_fipo.config import FIPOSettings
@@ -72,7 +72,7 @@ def _run(settings: Settings, checked: Checked, problems: Problems | None, stack:
         if settings.rollout.custom_generate_function_path is not None:
             # what is wrong with it shows before an engine starts
             load_user_function(CUSTOM_GENERATE, settings.rollout.custom_generate_function_path)
-        pool = stack.enter_context(start_engines(settings, layout, device))  # starts while the actor is built
+        pool = stack.enter_context(start_run_engines(settings, layout, device))  # starts while the actor is built
     with log.stage("start trainer", part_of_step=False):
         if device.type == "cpu":
             from megatron_fipo.patches.megatron_cpu import apply_patches

@@ -89,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def evaluate_checkpoint(request: EvaluationRequest, ending: Callable[[], None]) -> None:
     """Answer what is not answered yet, then score everything. `ending` is called before the clean-up."""
+    from megatron_fipo.checks import choose_device
     from megatron_fipo.data.tokenizer import load_tokenizer
     from megatron_fipo.rewards import GraderPool, reward_name
     from megatron_fipo.trainer.evaluation import answer_problems, evaluation_result
@@ -97,7 +98,7 @@ def evaluate_checkpoint(request: EvaluationRequest, ending: Callable[[], None]) 
 
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")  # upstream's notes to its own developers
     data, run = request.data, request.run
-    device, model = choose_device(request), read_model(request)
+    device, model = choose_device(request.device), read_model(request)
     tokenizer = load_tokenizer(run.hf_checkpoint)
     data_sets = read_prompts(request, tokenizer)
     blocks = blocks_of(data_sets, request.block_size)
@@ -140,6 +141,7 @@ def evaluate_checkpoint(request: EvaluationRequest, ending: Callable[[], None]) 
 
 def read_model(request: EvaluationRequest) -> Model:
     """Check the checkpoint as far as possible without loading it; its digests stand for the weights."""
+    from megatron_fipo.checks import check_engine_layout
     from megatron_fipo.weights.architecture import read_architecture
     from megatron_fipo.weights.hf_files import COPIED_FILES, HFWeights, check_hf_shapes
 
@@ -152,12 +154,7 @@ def read_model(request: EvaluationRequest) -> Model:
         longest,
         f"at most the checkpoint's context, {arch.max_position_embeddings} tokens ({directory}/config.json)",
     )
-    require(
-        arch.num_attention_heads % request.engine.tp_size == 0,
-        "--rollout-num-gpus-per-engine",
-        request.engine.tp_size,
-        f"a divisor of the checkpoint's {arch.num_attention_heads} attention heads",
-    )
+    check_engine_layout(request.engine, arch)
     files = [Path(directory) / name for name in COPIED_FILES if (Path(directory) / name).is_file()]
     checkpoint, stored = None, str(arch.dtype)
     if request.run.load is None:
@@ -240,15 +237,6 @@ def sampling_of(request: EvaluationRequest) -> SamplingSettings:
     return SamplingSettings(request.max_response_len, data.eval_temperature, data.eval_top_p, data.eval_top_k)
 
 
-def choose_device(request: EvaluationRequest) -> torch.device:
-    """Raises ValueError when the device asked for is not there."""
-    import torch
-
-    has_cuda = torch.cuda.is_available()
-    require(request.device != "cuda" or has_cuda, "--device", request.device, "cpu or auto: no CUDA device is visible")
-    return torch.device("cuda" if has_cuda and request.device != "cpu" else "cpu")
-
-
 def choose_num_engines(request: EvaluationRequest, device: torch.device) -> int:
     """As many as asked for, or as fit on the GPUs; one on the CPU."""
     import torch
@@ -262,8 +250,7 @@ def open_engines(
     request: EvaluationRequest, model: Model, device: torch.device, num_engines: int
 ) -> Iterator[EnginePool]:
     """Engines that start; `wait_ready` waits for them. Weights of --load are exported first, and removed at the end."""
-    from megatron_fipo.rollout.pool import EnginePool
-    from megatron_fipo.rollout.server_process import SPARE_TOKENS, start_engine
+    from megatron_fipo.rollout.server_process import start_engines
 
     run, engine = request.run, request.engine
     with contextlib.ExitStack() as stack:
@@ -273,25 +260,17 @@ def open_engines(
             stack.callback(_remove_export, Path(weights))
             _remove_export(Path(weights))
             _export(request, model, device, weights)
-        engines = []
-        for index in range(num_engines):
-            placement = {} if device.type == "cpu" else {"base_gpu_id": index * engine.tp_size}
-            engines.append(
-                start_engine(
-                    weights,
-                    name=f"engine-{index}",
-                    dtype="bfloat16" if model.dtype == "bfloat16" else "float32",
-                    tp_size=engine.tp_size,
-                    context_length=request.max_prompt_len + request.max_response_len + SPARE_TOKENS,
-                    random_seed=run.seed,
-                    log_path=str(Path(run.output_dir) / f"engine-{index}.log"),
-                    start_timeout_s=engine.start_timeout_s,
-                    request_timeout_s=engine.request_timeout_s,
-                    server_args={**placement, **engine.server_args},
-                    use_cpu=device.type == "cpu",
-                )
-            )
-        yield stack.enter_context(EnginePool(engines))
+        engines = start_engines(
+            weights,
+            engine,
+            num_engines=num_engines,
+            dtype="bfloat16" if model.dtype == "bfloat16" else "float32",
+            longest=request.max_prompt_len + request.max_response_len,
+            random_seed=run.seed,
+            log_dir=run.output_dir,
+            use_cpu=device.type == "cpu",
+        )
+        yield stack.enter_context(engines)
 
 
 @contextlib.contextmanager

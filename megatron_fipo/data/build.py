@@ -109,7 +109,7 @@ def rows_shown(found: ProblemFile) -> str:
 
 def _from_files(settings: DataSettings, seed: int) -> tuple[ProblemSource, dict[str, list[Problem]], tuple[str, ...]]:
     path, key = settings.prompt_data, settings.dedup_key
-    assert path is not None, "DataSettings allows no run with neither a task nor a prompt file"
+    assert path is not None, "a run without a task was parsed without a prompt file"
     file_format = FileFormat(settings.input_key, settings.label_key, settings.deduplicate, key)
     found = read_problem_file("--prompt-data", path, file_format)
     if settings.deduplicate and not found.has_key and key not in ("", DEFAULT_DEDUP_KEY):

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_fipo.patches.sglang_cpu.plugin import ASKED_FOR
+from megatron_fipo.rollout.pool import EnginePool
 from megatron_fipo.rollout.sglang_engine import ServerHandle, SGLangEngine
+from megatron_fipo.run_config import EngineSettings
 
 SPARE_TOKENS = 8  # SGLang keeps 6 of its context to itself
 # What torchrun and srun tell the trainer about its own process group; SGLang would take it for its own.
@@ -39,6 +41,42 @@ _OWN_ARGUMENTS = ("host", "port", "api_key", "model_path", "tp_size", "dtype", "
 _MODEL_PACKAGE = "megatron_fipo.patches.sglang_cpu.models"
 _MODEL_PACKAGE_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _CPU_CACHE_TOKENS = 65536
+
+
+def start_engines(
+    model_dir: str,
+    engine: EngineSettings,
+    *,
+    num_engines: int,
+    dtype: Literal["float32", "bfloat16"],
+    longest: int,
+    random_seed: int,
+    log_dir: str,
+    use_cpu: bool,
+) -> EnginePool:
+    """Start `num_engines` engines, each on GPUs of its own, and return at once; `wait_ready` waits for them.
+
+    `longest` is the longest prompt and response together, in tokens; engine i writes to engine-i.log in `log_dir`.
+    Raises ValueError as `start_engine`.
+    """
+    return EnginePool(
+        [
+            start_engine(
+                model_dir,
+                name=f"engine-{index}",
+                dtype=dtype,
+                tp_size=engine.tp_size,
+                context_length=longest + SPARE_TOKENS,
+                random_seed=random_seed,
+                log_path=str(Path(log_dir) / f"engine-{index}.log"),
+                start_timeout_s=engine.start_timeout_s,
+                request_timeout_s=engine.request_timeout_s,
+                server_args={**({} if use_cpu else {"base_gpu_id": index * engine.tp_size}), **engine.server_args},
+                use_cpu=use_cpu,
+            )
+            for index in range(num_engines)
+        ]
+    )
 
 
 def start_engine(

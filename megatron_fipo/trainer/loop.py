@@ -97,7 +97,7 @@ def train(run: Run, *, first_step: int) -> None:
             updates = _update(run, mini_batches, logprobs, reference)
         with run.log.stage("sync"):
             run.sync_weights(step)
-        record = {"step": step} | _step_metrics(rollout, agreement, updates) | {"step": step}
+        record = {**_step_metrics(rollout, agreement, updates), "step": step}
         warnings = on_rank_zero(partial(_log_step, run, record), run.layout, run.control)
         for warning in warnings or ():
             run.log.say(f"warning: step {step}: {warning}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -12,16 +10,6 @@ import torch.distributed as dist
 from megatron_fipo.parallel import ParallelLayout
 from megatron_fipo.trainer.agreement import EngineDisagrees, agreement_metrics, require_agreement
 from megatron_fipo.types import TrainSequence
-
-
-@pytest.fixture(scope="module")
-def control() -> Iterator[dist.ProcessGroup]:
-    """A gloo job of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    group = dist.group.WORLD
-    assert group is not None
-    yield group
-    dist.destroy_process_group()
 
 
 def make_sequence(mask: list[int], rollout: list[float], *, version: int | list[int] = 4) -> TrainSequence:

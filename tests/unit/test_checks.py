@@ -83,11 +83,11 @@ def test_an_environment_without_a_place_is_refused(environment: dict[str, str], 
 def test_a_machine_without_cuda_trains_on_its_cpu(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for flags in ((), ("--device", "cpu")):
-        device = choose_device(parse(checkpoint, *flags))
+        device = choose_device(parse(checkpoint, *flags).megatron.device)
         assert device == torch.device("cpu")
         assert choose_transformer_impl(parse(checkpoint, *flags), device) == "local"
     with pytest.raises(ValueError, match="--device is 'cuda', but must be cpu or auto: no CUDA device is visible"):
-        choose_device(parse(checkpoint, "--device", "cuda"))
+        choose_device(parse(checkpoint, "--device", "cuda").megatron.device)
 
 
 def test_a_machine_with_cuda_uses_the_ranks_own_device(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,11 +95,11 @@ def test_a_machine_with_cuda_uses_the_ranks_own_device(checkpoint: Path, monkeyp
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert choose_device(parse(checkpoint)) == torch.device("cuda", 3)
-    assert choose_device(parse(checkpoint, "--device", "cpu")) == torch.device("cpu")
+    assert choose_device(parse(checkpoint).megatron.device) == torch.device("cuda", 3)
+    assert choose_device(parse(checkpoint, "--device", "cpu").megatron.device) == torch.device("cpu")
     monkeypatch.delenv("LOCAL_RANK")
     monkeypatch.setenv("SLURM_LOCALID", "1")
-    assert choose_device(parse(checkpoint, "--device", "cuda")) == torch.device("cuda", 1)
+    assert choose_device(parse(checkpoint, "--device", "cuda").megatron.device) == torch.device("cuda", 1)
     assert chosen == [torch.device("cuda", 3), torch.device("cuda", 1)]
 
 

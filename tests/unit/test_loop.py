@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,6 @@ from megatron_fipo.trainer.loop import Rollout, Run, train
 from megatron_fipo.types import TrainSequence
 
 NUM_SEQUENCES, NUM_UPDATES = 4, 2
-
-
-@pytest.fixture(scope="module")
-def control() -> Iterator[dist.ProcessGroup]:
-    """A gloo job of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    group = dist.group.WORLD
-    assert group is not None
-    yield group
-    dist.destroy_process_group()
 
 
 class World:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +45,6 @@ OURS = """
 OF_THE_ACTOR = {"grad_norm": 0.5, "lr": 1e-6, "num_kept": 6.0, "skipped": 0.0}  # Megatron's side adds these
 OF_THE_LOOP = {"noise_gauge": 0.0, "num_tokens": 12, "num_skipped_updates": 0}
 DOCUMENTED_ELSEWHERE = {"step", "updates"}
-
-
-@pytest.fixture(scope="module")
-def control() -> Iterator[dist.ProcessGroup]:
-    """A gloo job of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    group = dist.group.WORLD
-    assert group is not None
-    yield group
-    dist.destroy_process_group()
 
 
 def make_group() -> Group:
