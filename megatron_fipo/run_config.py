@@ -19,7 +19,18 @@ class RunSettings:
     seed: int = setting(1234, "seed of data order, sampling and initialisation")
     save: str | None = setting(None, "directory to write checkpoints to")
     load: str | None = setting(None, "directory of checkpoints to resume from")
+    auto_resume: bool = setting(
+        False, "resume from --save where it holds a checkpoint, else start anew: for jobs that are requeued"
+    )
     save_interval: int | None = setting(None, "steps between checkpoints (default: at the end only)")
+    async_save: bool = setting(False, "write checkpoints while training goes on")
+    keep_last: int | None = setting(
+        None, "newest checkpoints to keep; older ones are removed (default: all)", flag="--keep-last-checkpoints"
+    )
+    keep_best: int = setting(0, "checkpoints with the best evaluations to keep besides", flag="--keep-best-checkpoints")
+    exit_grace_s: float = setting(
+        120.0, "seconds that saving may take after SIGTERM, SIGUSR1 or SIGINT before the run ends without"
+    )
     eval_interval: int | None = setting(None, "steps between evaluations (default: before and after only)")
     tensorboard_dir: str | None = setting(None, "TensorBoard logs (default: tensorboard/ in --output-dir)")
     wandb_project: str | None = setting(None, "Weights & Biases project to log to as well; needs the package wandb")
@@ -45,6 +56,17 @@ class RunSettings:
             self.save_interval,
             "used with --save, the directory to write to",
         )
+        for flag, value, unset in (
+            ("--async-save", self.async_save, False),
+            ("--keep-last-checkpoints", self.keep_last, None),
+            ("--keep-best-checkpoints", self.keep_best, 0),
+            ("--auto-resume", self.auto_resume, False),
+        ):
+            require(value == unset or self.save is not None, flag, value, "used with --save, the directory to write to")
+        require(not (self.auto_resume and self.load is not None), "--auto-resume", True, "used without --load")
+        require(self.keep_last is None or self.keep_last >= 1, "--keep-last-checkpoints", self.keep_last, ">= 1")
+        require(self.keep_best >= 0, "--keep-best-checkpoints", self.keep_best, ">= 0")
+        require(self.exit_grace_s > 0, "--exit-grace-s", self.exit_grace_s, "> 0 seconds")
         require(
             self.eval_interval is None or self.eval_interval >= 1, "--eval-interval", self.eval_interval, ">= 1 step"
         )
@@ -92,6 +114,10 @@ class GuardSettings:
         require(self.max_skipped_updates >= 0, "--max-skipped-updates", self.max_skipped_updates, ">= 0")
 
 
+EnginePlacement = Literal["colocated", "disaggregated"]
+_PLACEMENTS = ("colocated", "disaggregated")
+
+
 @dataclass(frozen=True)
 class EngineSettings:
     """The inference engines. Everything else SGLang can be told goes through `--sglang-*` into `server_args`."""
@@ -100,16 +126,52 @@ class EngineSettings:
         None, "engines to start (default: one per --rollout-num-gpus-per-engine ranks)", flag="--rollout-num-engines"
     )
     tp_size: int = setting(1, "tensor-parallel ranks of one engine", flag="--rollout-num-gpus-per-engine")
+    placement: EnginePlacement = setting(
+        "colocated",
+        "engines take turns with the trainer on its GPUs, or have the GPUs of each node after those of its ranks",
+        flag="--rollout-placement",
+        choices=_PLACEMENTS,
+    )
+    interface: str | None = setting(
+        None,
+        "network interface that engines listen on (default: loopback; on several nodes the one that reaches rank 0)",
+        flag="--rollout-interface",
+    )
     weight_bucket_mb: int = setting(256, "MiB of weights sent to the engines at once")
+    check_weights_interval: int = setting(
+        0, "weight updates between comparisons of all that an engine holds (0: the first, and after a restart)"
+    )
+    fp8_weights: bool = setting(False, "engines hold block-quantised FP8 weights", flag="--rollout-fp8")
+    offload_trainer: bool = setting(
+        True, "on GPUs, move parameters, gradients and optimizer to main memory while colocated engines generate"
+    )
     start_timeout_s: float = setting(600.0, "seconds an engine may take to start", flag="--rollout-start-timeout-s")
     request_timeout_s: float = setting(
         1800.0, "seconds one generation batch may take", flag="--rollout-request-timeout-s"
+    )
+    health_check_interval_s: float = setting(
+        10.0, "seconds between looks at whether a busy engine still answers", flag="--rollout-health-check-interval-s"
+    )
+    max_retries: int = setting(
+        3, "times a request is asked again after the engine that had it failed", flag="--rollout-max-retries"
+    )
+    max_restarts: int = setting(
+        5, "times in a row that an engine is started again before it is given up", flag="--rollout-max-restarts"
     )
     server_args: Mapping[str, Any] = field(default_factory=dict)  # from --sglang-*
 
     def __post_init__(self) -> None:
         require(self.num_engines is None or self.num_engines >= 1, "--rollout-num-engines", self.num_engines, ">= 1")
         require(self.tp_size >= 1, "--rollout-num-gpus-per-engine", self.tp_size, ">= 1")
+        require(
+            self.placement in _PLACEMENTS, "--rollout-placement", self.placement, f"one of {', '.join(_PLACEMENTS)}"
+        )
         require(self.weight_bucket_mb >= 1, "--weight-bucket-mb", self.weight_bucket_mb, ">= 1 MiB")
-        require(self.start_timeout_s > 0, "--rollout-start-timeout-s", self.start_timeout_s, "> 0 seconds")
-        require(self.request_timeout_s > 0, "--rollout-request-timeout-s", self.request_timeout_s, "> 0 seconds")
+        require(
+            self.check_weights_interval >= 0, "--check-weights-interval", self.check_weights_interval, ">= 0 updates"
+        )
+        for name in ("start_timeout_s", "request_timeout_s", "health_check_interval_s"):
+            value = getattr(self, name)
+            require(value > 0, f"--rollout-{name.replace('_', '-')}", value, "> 0 seconds")
+        require(self.max_retries >= 0, "--rollout-max-retries", self.max_retries, ">= 0")
+        require(self.max_restarts >= 0, "--rollout-max-restarts", self.max_restarts, ">= 0")

@@ -3,51 +3,83 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
-from megatron_fipo.rollout.weight_bucket import WeightBucket
 from megatron_fipo.types import Completion, GenerateRequest
+from megatron_fipo.weights.bucket import WeightBucket
+
+MemoryTag = Literal["weights", "kv_cache"]
+NO_VERSION = -1
+"""The weight version of an engine that must not serve: an update is open or broke off, or it was started again."""
 
 
 class EngineError(RuntimeError):
     """An engine died, answered nonsense or not at all. The message ends with the tail of the engine's log."""
 
 
+class NoEngineLeft(EngineError):
+    """Every engine failed, and none may be started again. Names each with what it failed of."""
+
+
 class Engine(Protocol):
-    """One inference engine. It serves one weight version at a time; between `begin_weight_update` and
-    `end_weight_update` it serves nobody. Every method raises EngineError when the engine fails, and none hangs."""
+    """One inference engine. It serves one weight version at a time; between `abegin_weight_update` and
+    `aend_weight_update` it serves nobody. Every method raises EngineError when the engine fails, and none hangs.
+
+    An engine that failed is of no use until `restart`; then it must be given weights before it serves.
+    """
 
     name: str
-    weight_version: int  # of the weights now served; 0: the checkpoint the engine was started from
+    weight_version: int  # of the weights now served; 0: the checkpoint it was started from; NO_VERSION: serves nobody
 
-    def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
-        """One completion per request, in the order of the requests."""
+    async def await_ready(self) -> None:
+        """Return once the engine answers."""
         ...
 
     async def agenerate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
-        """`generate` for callers with an event loop."""
+        """One completion per request, in the order of the requests."""
         ...
 
-    def begin_weight_update(self) -> None:
-        """Stop serving; open an update."""
+    async def ascore(self, token_ids: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Log-probs of given tokens: for each [L] int64 an [L] fp32, entry i about token i + 1, the last entry 0."""
         ...
 
-    def push_bucket(self, bucket: WeightBucket) -> None:
-        """Copy a bucket's tensors into the engine's weights; returns once the engine has them."""
+    async def abegin_weight_update(self) -> None:
+        """Stop serving (`weight_version` becomes NO_VERSION); open an update."""
         ...
 
-    def end_weight_update(self, version: int) -> None:
+    async def apush_bucket(self, bucket: WeightBucket) -> None:
+        """Copy a bucket's tensors into the engine's weights; returns once the engine has them, and has found their
+        checksum to be the bucket's."""
+        ...
+
+    async def aend_weight_update(self, version: int) -> None:
         """Close the update, drop what was cached under the old weights, serve as `version`."""
         ...
 
-    def score(self, token_ids: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Log-probs of given tokens: for each [L] int64 an [L] fp32, entry i about token i + 1, the last entry 0."""
+    async def aweight_checksums(self) -> list[dict[str, str]]:
+        """Per tensor-parallel rank: parameter, under the engine's own name and in its own layout -> its checksum."""
+        ...
+
+    async def arelease_memory(self, tags: Sequence[MemoryTag]) -> None:
+        """Give the device memory of these parts back; what was in it is lost."""
+        ...
+
+    async def aresume_memory(self, tags: Sequence[MemoryTag]) -> None:
+        """Take the memory again, uninitialised."""
+        ...
+
+    async def acheck_health(self, timeout_s: float) -> None:
+        """EngineError unless the engine answers within `timeout_s`, also while it generates."""
         ...
 
     def check_alive(self) -> None:
         """EngineError if the engine's process has ended."""
+        ...
+
+    def restart(self) -> None:
+        """End what is left of the engine and start it again, as it was first started; returns at once."""
         ...
 
     def shutdown(self) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_fipo.rollout.weight_bucket import WeightBucket, make_buckets
+from megatron_fipo.weights.bucket import WeightBucket, make_buckets
 
 # A process that knows nothing of ours opens a handle, prints what it finds and writes nothing.
 RECEIVER = """

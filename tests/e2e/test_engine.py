@@ -34,7 +34,7 @@ from megatron_fipo.rollout.pool import EnginePool
 from megatron_fipo.rollout.process_group import group_members
 from megatron_fipo.rollout.server_process import start_engine
 from megatron_fipo.rollout.sglang_engine import SGLangEngine
-from megatron_fipo.rollout.weight_bucket import make_buckets
+from megatron_fipo.weights.bucket import make_buckets
 from megatron_fipo.types import Completion, GenerateRequest, SamplingSettings
 
 VOCAB = 160

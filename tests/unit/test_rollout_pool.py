@@ -10,7 +10,7 @@ import pytest
 
 from megatron_fipo.rollout.engine import EngineError
 from megatron_fipo.rollout.pool import EnginePool, spread_requests
-from megatron_fipo.rollout.weight_bucket import WeightBucket
+from megatron_fipo.weights.bucket import WeightBucket
 from megatron_fipo.types import Completion, GenerateRequest, SamplingSettings
 
 
