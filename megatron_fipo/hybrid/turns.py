@@ -10,8 +10,8 @@ from torch import Tensor
 from megatron_fipo.actor.actor import Actor
 from megatron_fipo.rollout.engine import EngineError
 from megatron_fipo.rollout.pool import EnginePool
-from megatron_fipo.weights.bucket import make_buckets
 from megatron_fipo.types import Completion, GenerateRequest
+from megatron_fipo.weights.bucket import make_buckets
 
 State = Literal["training", "syncing", "generating"]
 

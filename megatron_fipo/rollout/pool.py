@@ -12,8 +12,8 @@ import numpy as np
 
 from megatron_fipo.rollout.engine import EngineError
 from megatron_fipo.rollout.event_loop import run
-from megatron_fipo.weights.bucket import WeightBucket
 from megatron_fipo.types import Completion, GenerateRequest
+from megatron_fipo.weights.bucket import WeightBucket
 
 T = TypeVar("T")
 

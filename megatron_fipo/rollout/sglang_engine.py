@@ -23,8 +23,8 @@ from megatron_fipo.rollout.engine import EngineError
 from megatron_fipo.rollout.event_loop import run
 from megatron_fipo.rollout.log_tail import log_tail
 from megatron_fipo.rollout.process_group import shared_memory_of, stop_process_group
-from megatron_fipo.weights.bucket import WeightBucket
 from megatron_fipo.types import Completion, GenerateRequest
+from megatron_fipo.weights.bucket import WeightBucket
 
 T = TypeVar("T")
 

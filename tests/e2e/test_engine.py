@@ -34,8 +34,8 @@ from megatron_fipo.rollout.pool import EnginePool
 from megatron_fipo.rollout.process_group import group_members
 from megatron_fipo.rollout.server_process import start_engine
 from megatron_fipo.rollout.sglang_engine import SGLangEngine
-from megatron_fipo.weights.bucket import make_buckets
 from megatron_fipo.types import Completion, GenerateRequest, SamplingSettings
+from megatron_fipo.weights.bucket import make_buckets
 
 VOCAB = 160
 EOS = 7

@@ -10,8 +10,8 @@ import pytest
 
 from megatron_fipo.rollout.engine import EngineError
 from megatron_fipo.rollout.pool import EnginePool, spread_requests
-from megatron_fipo.weights.bucket import WeightBucket
 from megatron_fipo.types import Completion, GenerateRequest, SamplingSettings
+from megatron_fipo.weights.bucket import WeightBucket
 
 
 def request(prompt: list[int], sample: int, length: int = 8) -> GenerateRequest:
