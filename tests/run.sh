@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Sets up what is missing, then runs the tests: bash tests/run.sh [unit|kernels|distributed|e2e|all] [pytest arguments]
+# Sets up what is missing, then runs the tests:
+#   bash tests/run.sh [unit|kernels|distributed|e2e|faults|faults all|all] [pytest arguments]
 #
-# `unit` includes ruff and mypy; `kernels` runs the Triton kernels under Triton's interpreter, on the CPU. Stops at the
-# first part that fails. However it ends, no process is left behind.
+# `unit` includes ruff and mypy; `kernels` runs the Triton kernels under Triton's interpreter, on the CPU; `faults`
+# injects a fixed choice of faults, `faults all` every one. Stops at the first part that fails. However it ends, no
+# process is left behind.
 set -euo pipefail
 
 # A shell that starts this in its background makes it ignore SIGINT, which bash cannot undo by itself.
@@ -83,18 +85,30 @@ part() {
         run bash examples/setup_env.sh kernels || return 1
         settings=(TRITON_INTERPRET=1 "PYTHONPATH=$ROOT/.venv/kernels${PYTHONPATH:+:$PYTHONPATH}")
     fi
-    run "${settings[@]}" "$PYTHON" -m pytest "tests/$name" "$@" || status=$?
+    local choice=()
+    if [[ $name == faults ]]; then
+        [[ $ALL_FAULTS == 0 ]] || choice=(--all-faults)
+        # a caller that selects tests wants no certain number of faults
+        [[ $# -gt 0 ]] || choice+=(--least-faults "${LEAST_FAULTS[$ALL_FAULTS]}")
+    fi
+    run "${settings[@]}" "$PYTHON" -m pytest "tests/$name" "${choice[@]}" "$@" || status=$?
     # 5: nothing collected, which is right when the caller selected the tests
     [[ $status == 0 ]] || { [[ $status == 5 && $# -gt 0 ]]; }
 }
 
-PARTS=(unit kernels distributed e2e)
+PARTS=(unit kernels distributed e2e faults)
+ALL_FAULTS=0
+LEAST_FAULTS=(300 600) # of the fixed choice, and of all
 case ${1:-all} in
     unit | kernels | distributed | e2e) PARTS=("$1") && shift ;;
+    faults)
+        PARTS=(faults) && shift
+        [[ ${1:-} != all ]] || { ALL_FAULTS=1 && shift; }
+        ;;
     all) shift $(($# > 0)) ;;
     -* | *::* | */*) ;; # pytest arguments alone
     *)
-        printf 'tests/run.sh: %s is no part of the tests; parts are unit, kernels, distributed, e2e, all\n' "$1" >&2
+        printf 'tests/run.sh: %s is no part of the tests; parts are unit, kernels, distributed, e2e, faults, all\n' "$1" >&2
         exit 2
         ;;
 esac

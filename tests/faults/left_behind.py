@@ -1,0 +1,64 @@
+"""What a test may leave behind and must not: processes that carry its mark, and shared memory nobody uses."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+MARK = "FAULT_TEST"  # in the environment of every process that a test starts, and of theirs
+SHARED_MEMORY = Path("/dev/shm")
+ON_THEIR_WAY_OUT_S = 10.0  # torch_shm_manager waits 2 s for new clients when its last one is gone
+
+
+@contextlib.contextmanager
+def nothing_left_behind(name: str) -> Iterator[None]:
+    """Raises AssertionError if what was started inside still runs afterwards, or left shared memory; ends it, too."""
+    mark = f"{os.getpid()}-{time.monotonic_ns()}-{name}"
+    segments = set(os.listdir(SHARED_MEMORY))
+    before = os.environ.get(MARK)
+    os.environ[MARK] = mark
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[MARK]
+        else:
+            os.environ[MARK] = before
+        deadline = time.monotonic() + ON_THEIR_WAY_OUT_S
+        while (left := marked(mark)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        while (unused := unused_segments(segments)) and time.monotonic() < deadline:
+            time.sleep(0.2)  # another program's may lie unmapped for a moment
+    assert not left, f"left running: {left}"
+    assert not unused, f"left in {SHARED_MEMORY}: {sorted(unused)}"
+
+
+def marked(mark: str) -> dict[int, str]:
+    """Ids of the living processes with this mark in the environment they were started in, with their command lines."""
+    wanted = f"{MARK}={mark}".encode()
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return found
+
+
+def unused_segments(known: set[str]) -> set[str]:
+    """Names in /dev/shm besides the `known` ones that no living process has mapped."""
+    names = set(os.listdir(SHARED_MEMORY)) - known
+    if not names:
+        return names
+    for path in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            for line in path.read_text(errors="replace").splitlines():
+                if str(SHARED_MEMORY) in line:
+                    names.discard(line.partition(f"{SHARED_MEMORY}/")[2].split(" ")[0])
+    return names & set(os.listdir(SHARED_MEMORY))
