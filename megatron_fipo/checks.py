@@ -27,6 +27,7 @@ from megatron_fipo.weights.architecture import (
 )
 from megatron_fipo.weights.hf_files import HFWeights, check_hf_shapes, check_replaceable
 
+LATEST = "latest"  # in a directory of checkpoints, once there is a whole one
 NEED_TRANSFORMER_ENGINE = frozenset(
     "cp_comm_type fp4 fp8 moe_grouped_gemm moe_permute_fusion moe_router_fusion tp_comm_overlap "
     "use_precision_aware_optimizer use_te_activation_func".split()
@@ -232,9 +233,7 @@ def _check_directories(settings: Settings) -> None:
     """What is to be read exists, and what is to be written can be, without writing over anything."""
     run, rollout = settings.run, settings.rollout
     if run.load is not None:
-        require(
-            Path(run.load, "latest").is_file(), "--load", run.load, "a directory of checkpoints: it has no `latest`"
-        )
+        require(holds_checkpoints(run.load), "--load", run.load, "a directory of checkpoints: it has no `latest`")
     if rollout.replay_rollouts is not None:
         require(Path(rollout.replay_rollouts).is_dir(), "--replay-rollouts", rollout.replay_rollouts, "a directory")
     for flag, directory in (
@@ -251,11 +250,17 @@ def _check_directories(settings: Settings) -> None:
         check_replaceable(Path(run.export_hf).absolute(), Path(run.hf_checkpoint).absolute())
     for name in (METRICS_FILE, EVALUATIONS_FILE, SAMPLES_FILE):
         path = Path(run.output_dir, name)
-        if run.load is None and path.is_file() and path.stat().st_size > 0:
+        is_fresh = run.load is None and not run.auto_resume
+        if is_fresh and path.is_file() and path.stat().st_size > 0:
             raise ValueError(
                 f"--output-dir is {run.output_dir!r}, which already holds the records of a run ({name}), but a fresh "
-                "run must have a directory of its own; --load resumes a run"
+                "run must have a directory of its own; --load or --auto-resume resumes a run"
             )
+
+
+def holds_checkpoints(directory: str) -> bool:
+    """Whether something in `directory` is, or was, a checkpoint of a run."""
+    return Path(directory, LATEST).exists() or any(Path(directory).glob("step_*"))
 
 
 def _check_writable(flag: str, directory: Path) -> None:

@@ -1,17 +1,26 @@
 """torchrun with a quiet end: `python -m megatron_fipo.launch --nproc-per-node 2 -m megatron_fipo.train ...`.
 
-Takes torchrun's arguments and is torchrun, but when a rank fails: torchrun then prints a report and a traceback of its
-own, some fifty lines below the one line in which the rank said why. Here only a rank that a signal ended is reported.
+Takes torchrun's arguments and is torchrun, but for two things. When a rank fails, torchrun prints a report and a
+traceback of its own, some fifty lines below the one line in which the rank said why: here only a rank that a signal
+ended is reported. And a signal is passed on to the ranks, which may take their time to save; torchrun would kill them
+after 30 s.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
+
+import psutil
 
 FIRST_SIGNAL_STATUS = 128
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+LEFT_TO_TORCHRUN = "SIGQUIT"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,8 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.disable(logging.ERROR)  # what torchrun says about each rank it ends; its own failures are exceptions
+    for number in PASSED_ON:
+        signal.signal(number, _pass_on)
     try:
-        run.main(arguments)
+        run.main(["--signals-to-handle", LEFT_TO_TORCHRUN, *(sys.argv[1:] if arguments is None else arguments)])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode >= 0:
@@ -35,6 +46,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SignalException as error:
         return FIRST_SIGNAL_STATUS + error.sigval
     return 0
+
+
+def _pass_on(number: int, frame: FrameType | None) -> None:
+    """To every rank of this node; where there is none yet, there is nothing to wait for."""
+    ranks = [child for child in psutil.Process().children() if _is_rank(child)]
+    if not ranks:
+        raise SystemExit(FIRST_SIGNAL_STATUS + number)
+    for rank in ranks:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            rank.send_signal(number)
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    try:
+        return "LOCAL_RANK" in process.environ() and process.pid != os.getpid()
+    except psutil.Error:  # it has ended meanwhile
+        return False
 
 
 if __name__ == "__main__":

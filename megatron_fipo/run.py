@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from megatron_fipo.actor.actor import Actor
-from megatron_fipo.actor.checkpoint import load_checkpoint, save_checkpoint
+from megatron_fipo.actor.checkpoint import load_checkpoint
 from megatron_fipo.actor.checkpoint_files import find_checkpoint, read_run_state, verify_checkpoint_together
+from megatron_fipo.actor.checkpoint_saver import CheckpointSaver
 from megatron_fipo.actor.setup import initialize_distributed, initialize_model_parallel, shut_down
 from megatron_fipo.arguments import Settings, config_text, config_values
 from megatron_fipo.assembly import (
@@ -20,52 +25,56 @@ from megatron_fipo.assembly import (
     replayed,
     start_run_engines,
 )
-from megatron_fipo.checks import Checked
+from megatron_fipo.checks import Checked, holds_checkpoints
 from megatron_fipo.config import FIPOSettings
 from megatron_fipo.hybrid.turns import HybridEngine
-from megatron_fipo.metrics.records import METRICS_FILE, read_metrics
+from megatron_fipo.interruption import Signals
+from megatron_fipo.metrics.records import EVALUATIONS_FILE, METRICS_FILE, read_metrics
 from megatron_fipo.metrics.run_logger import RunLogger
 from megatron_fipo.problems import Problems
 from megatron_fipo.rollout.pool import EnginePool
 from megatron_fipo.trainer.custom_generation import FLAG as CUSTOM_GENERATE
-from megatron_fipo.trainer.exchange import on_rank_zero
+from megatron_fipo.trainer.evaluation_result import EvaluationResult, summary
+from megatron_fipo.trainer.exchange import RankZero, StopRequested, any_rank
 from megatron_fipo.trainer.guards import Guards
 from megatron_fipo.trainer.loop import Rollout, Run, train
+from megatron_fipo.trainer.sampling import CollectorPosition
 from megatron_fipo.user_function import load_user_function
 from megatron_fipo.weights.hf_files import write_hf_checkpoint
 from megatron_fipo.weights.mapping import checked_stream
 
 
-def run(settings: Settings, checked: Checked, problems: Problems | None, ending: Callable[[], None]) -> None:
+def run(settings: Settings, checked: Checked, problems: Problems | None, signals: Signals) -> bool:
     """Train as `settings` say, which `checked` is for. Every rank calls this.
 
-    `problems`: what rank 0 trains on; None on the other ranks, and where recorded rollouts are replayed. `ending` is
-    called before the clean-up, however the run went. Errors of the user's making are ValueErrors on rank 0 and
-    ValueError or RankZeroFailed elsewhere.
+    `problems`: what rank 0 trains on; None on the other ranks, and where recorded rollouts are replayed. Returns
+    whether the run got to its end; it did not where one of the `signals` asked it to stop and its state was saved.
+    Errors of the user's making are ValueErrors on rank 0 and ValueError or RankZeroFailed elsewhere.
     """
     with contextlib.ExitStack() as stack:
         try:
-            _run(settings, checked, problems, stack)
+            return _run(settings, checked, problems, signals, stack)
         finally:
-            ending()
+            signals.ending()  # before the clean-up
 
 
-def _run(settings: Settings, checked: Checked, problems: Problems | None, stack: contextlib.ExitStack) -> None:
+def _run(
+    settings: Settings, checked: Checked, problems: Problems | None, signals: Signals, stack: contextlib.ExitStack
+) -> bool:
     layout, device = checked.layout, checked.device
-    resume_from = None if settings.run.load is None else find_checkpoint(settings.run.load)
     initialize_distributed(layout, device, timeout_minutes=settings.run.distributed_timeout_minutes)
     stack.callback(shut_down)
-    saved: dict[str, Any] = {"step": 0}
-    if resume_from is not None:
-        verify_checkpoint_together(resume_from)  # before the log drops what came after it
-        saved = read_run_state(resume_from)
+    said: list[str] = [*settings.notes, *(problems.notes if problems is not None else ())]
+    resume_from = _checkpoint_to_resume(settings, said.append)  # before the log drops what came after it
+    saved = read_run_state(resume_from) if resume_from is not None else {"step": 0}
     first_step = saved["step"]
     if first_step > settings.run.train_iters:
         raise ValueError(
             f"--train-iters is {settings.run.train_iters}, but {resume_from} (--load) already has {first_step} steps"
         )
-    log = stack.enter_context(_open_log(settings, layout.rank, first_step if resume_from else None))
-    for note in (*settings.notes, *(problems.notes if problems is not None else ())):
+    is_resumed = resume_from is not None or settings.run.auto_resume
+    log = stack.enter_context(_open_log(settings, layout.rank, first_step if is_resumed else None))
+    for note in said:
         log.say(note)
     pool: EnginePool | None = None
     if problems is not None:
@@ -87,11 +96,36 @@ def _run(settings: Settings, checked: Checked, problems: Problems | None, stack:
     guards = None
     if layout.rank == 0:
         guards = Guards(settings.guards, read_metrics(Path(settings.run.output_dir) / METRICS_FILE))
-    stages = _Stages(settings, actor, problems, pool, guards, log)
+    stages = stack.enter_context(contextlib.closing(_Stages(settings, actor, problems, pool, guards, log, signals)))
     if resume_from is not None:
-        stages.restore(saved["trainer"])
-    stages.train(first_step)
+        stages.restore(resume_from, saved)
+    is_finished = stages.train(first_step)
     log.say(log.timings_table())
+    return is_finished
+
+
+def find_valid_checkpoint(root: str, *, say: Callable[[str], None]) -> Path:
+    """The newest checkpoint in `root`, verified. Collective over all ranks."""
+    directory = find_checkpoint(root)
+    verify_checkpoint_together(directory)
+    return directory
+
+
+def _checkpoint_to_resume(settings: Settings, say: Callable[[str], None]) -> Path | None:
+    """The verified checkpoint that the run goes on from; None for a run from the start. Collective over all ranks."""
+    load, save = settings.run.load, settings.run.save
+    if load is not None:
+        return find_valid_checkpoint(load, say=say)
+    if not settings.run.auto_resume:
+        return None
+    assert save is not None
+    found = [holds_checkpoints(save)]
+    dist.broadcast_object_list(found, src=0)  # one rank's look decides for all
+    if found[0]:
+        say(f"--auto-resume: going on from the checkpoint in {save}")
+        return find_valid_checkpoint(save, say=say)
+    say(f"--auto-resume: {save} holds no checkpoint yet, so the run begins at its first step")
+    return None
 
 
 class _Stages:
@@ -105,13 +139,33 @@ class _Stages:
         pool: EnginePool | None,
         guards: Guards | None,
         log: RunLogger,
+        signals: Signals,
     ) -> None:
         self.settings, self.actor, self.log = settings, actor, log
         self.layout, self.control = actor.layout, actor.groups.control
-        self.guards = guards
+        self.guards, self.signals = guards, signals
+        self.rank_zero = RankZero(self.layout, self.control, signals.interruptible, signals.deferred)
         self.replays = settings.rollout.replay_rollouts is not None
         self.hybrid: HybridEngine | None = None
         self.rollout_side: RolloutSide | None = None
+        self.saver: CheckpointSaver | None = None
+        if settings.run.save is not None:
+            self.saver = CheckpointSaver(
+                actor,
+                settings.run.save,
+                is_async=settings.run.async_save,
+                keep_last=settings.run.keep_last,
+                keep_best=settings.run.keep_best,
+                say=log.say,
+            )
+        self._saved_step: int | None = None
+        self._scores: dict[int, float] = {}  # step -> its evaluation's; rank 0
+        self._evaluated: set[int] = set()  # steps whose evaluations the records hold; rank 0
+        if self.layout.rank == 0:
+            records = read_metrics(Path(settings.run.output_dir) / EVALUATIONS_FILE)
+            self._evaluated = {record["step"] for record in records}
+            self._scores = {record["step"]: record["accuracy"] for record in records}
+        self._before: tuple[int, CollectorPosition] | None = None  # the step that is done, and where collection stood
         self._restored: dict[str, Any] | None = None
         if self.replays:
             return
@@ -119,10 +173,14 @@ class _Stages:
             self.hybrid = HybridEngine(actor, pool, bucket_bytes=settings.engine.weight_bucket_mb * 2**20)
             if problems is not None:
                 self.rollout_side = RolloutSide(settings, problems, self.hybrid.generate)
-            self._on_rank_zero(lambda: pool.wait_ready() if pool else None)
+            self.rank_zero.run(lambda: pool.wait_ready() if pool else None)
 
-    def restore(self, state: dict[str, Any] | None) -> None:
-        """Put back what a checkpoint holds besides Megatron's state."""
+    def restore(self, directory: Path, saved: Mapping[str, Any]) -> None:
+        """Put back what the checkpoint in `directory`, whose run_state is `saved`, holds besides Megatron's state."""
+        state = saved["trainer"]
+        save = self.settings.run.save
+        if save is not None and Path(save).absolute() == directory.parent.absolute():
+            self._saved_step = saved["step"]
 
         def restore() -> None:
             if self.rollout_side is None:
@@ -138,21 +196,31 @@ class _Stages:
                     "--partial-rollout-len, which it cannot continue: resume without it"
                 )
 
-        self._on_rank_zero(restore)
+        self.rank_zero.run(restore)
 
-    def train(self, first_step: int) -> None:
-        """Evaluate, train, evaluate, export."""
-        run_settings = self.settings.run
+    def train(self, first_step: int) -> bool:
+        """Evaluate, train, evaluate, export. Returns whether it got to the end, and was not stopped by a signal."""
         if self.hybrid is not None:
             with self.log.stage("first sync", part_of_step=False):
                 self._sync(first_step)
-        if first_step == 0:
-            self._evaluate(0)
-        train(self._as_run(), first_step=first_step)
-        self._evaluate(run_settings.train_iters)
-        if run_settings.export_hf is not None:
+        if self.saver is not None:
+            self.signals.defer()  # from here on there is something to save
+        is_finished = train(self._as_run(), first_step=first_step)
+        if self.saver is not None:
+            with self.log.stage("save", part_of_step=False):
+                self.saver.finish()
+        if not is_finished:
+            self.signals.ending()  # a launcher signals the ranks that end a moment later than the first
+            self._say_what_is_saved()
+        elif self.settings.run.export_hf is not None:
             with self.log.stage("export", part_of_step=False):
-                self._export(run_settings.export_hf)
+                self._export(self.settings.run.export_hf)
+        return is_finished
+
+    def close(self) -> None:
+        """Abandon a checkpoint that is being written. Safe to call twice, and when other ranks are gone."""
+        if self.saver is not None:
+            self.saver.close()
 
     def _as_run(self) -> Run:
         settings = self.settings
@@ -164,6 +232,7 @@ class _Stages:
             num_updates=settings.batch.num_updates_per_rollout,
             layout=self.layout,
             control=self.control,
+            rank_zero=self.rank_zero,
             hidden_size=self.actor.arch.hidden_size,
             actor=self.actor,
             collect=self._collect(),
@@ -171,6 +240,7 @@ class _Stages:
             sync_weights=self._sync,
             evaluate=self._evaluate,
             save=self._save,
+            pause=self._pause,
             eval_interval=settings.run.eval_interval,
             save_interval=settings.run.save_interval,
             # a recorded batch may rightly be far from this run's policy
@@ -185,9 +255,17 @@ class _Stages:
 
         def collect(step: int) -> Rollout:
             assert self.rollout_side is not None
+            self._before = (step - 1, self.rollout_side.collector.position())
             return self.rollout_side.collect(step)
 
         return collect
+
+    def _pause(self) -> None:
+        """Commit a checkpoint that has been written meanwhile; stop where a signal asks for it."""
+        if self.saver is not None:
+            self.saver.poll()
+        if any_rank(bool(self.signals.received), self.control):
+            raise StopRequested
 
     def _sync(self, version: int) -> None:
         """Every rank sends its part of the weights; what goes wrong between rank 0 and the engines stops all ranks."""
@@ -199,24 +277,45 @@ class _Stages:
             if failure is not None:
                 raise failure
 
-        self._on_rank_zero(report)
+        self.rank_zero.run(report)
 
     def _evaluate(self, step: int) -> None:
+        """Evaluate after `step` steps, unless the run's records hold that evaluation."""
         if self.replays:
             return
-        side = self.rollout_side
         with self.log.stage("evaluate", part_of_step=False):
-            results = self._on_rank_zero(lambda: side.evaluate() if side is not None else [])
+            results = self.rank_zero.run(partial(self._results, step), interruptible=True)
+        if results:
+            self._scores[step] = summary(results)["accuracy"]
         log_evaluation(self.log, step, results or [], self.settings.run.output_dir)
 
+    def _results(self, step: int) -> list[EvaluationResult]:
+        assert self.rollout_side is not None
+        if step in self._evaluated:
+            return []
+        results = self.rollout_side.evaluate()
+        self._evaluated.add(step)
+        return results
+
     def _save(self, step: int) -> None:
-        directory = self.settings.run.save
-        if directory is None:
+        """Save the state after `step` steps, unless that was done."""
+        if self.saver is None or step == self._saved_step:
             return
+        if self._before is not None and self._before[0] == step:  # what has been collected since is abandoned
+            assert self.rollout_side is not None
+            self.rollout_side.collector.go_back(self._before[1])
         side = self.rollout_side
         state = side.collector.state_dict() if side is not None else self._restored
         with self.log.stage("save", part_of_step=False):
-            save_checkpoint(self.actor, directory, step, state)
+            self.saver.save(step, state, score=self._scores.get(step))
+        self._saved_step = step
+
+    def _say_what_is_saved(self) -> None:
+        name = signal.Signals(self.signals.received[0]).name if self.signals.received else "a signal to another rank"
+        self.log.say(
+            f"interrupted by {name}: the state after step {self._saved_step} is in {self.settings.run.save}; the same "
+            "command with --auto-resume, or with --load, goes on from it"
+        )
 
     def _export(self, directory: str) -> None:
         """Write the final model as a Hugging Face directory. All ranks take part in the stream."""
@@ -226,9 +325,6 @@ class _Stages:
                 raise AssertionError("only rank 0 receives whole tensors")
             return
         write_hf_checkpoint(directory, self.settings.run.hf_checkpoint, tensors)
-
-    def _on_rank_zero(self, function: Callable[[], Any]) -> Any:
-        return on_rank_zero(function, self.layout, self.control)
 
 
 def _open_log(settings: Settings, rank: int, resume_step: int | None) -> RunLogger:

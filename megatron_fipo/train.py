@@ -11,15 +11,15 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from megatron_fipo.interruption import REQUEUE, Signals
 
 if TYPE_CHECKING:
     from megatron_fipo.arguments import Settings
 
 USER_ERROR = 2
 RUN_FAILED = 1
-RAISED_AGAIN_AFTER_S = 1.0
 LOST_CONNECTION = ("closed by peer", "reset by peer")  # what gloo and NCCL say when a rank is gone
 
 
@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from megatron_fipo.arguments import parse_arguments
 
     is_rank_zero = _is_zero("RANK", "SLURM_PROCID")
+    save: str | None = None
     with Signals() as signals:
         try:
             try:
@@ -39,14 +40,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             except ValueError as error:
                 signals.ending()
                 return _fail(error, USER_ERROR, is_rank_zero)
-            return _checked_run(settings, signals.ending, is_rank_zero)
+            save = settings.run.save
+            from megatron_fipo.checks import holds_checkpoints
+
+            signals.set_grace(
+                settings.run.exit_grace_s,
+                lambda number: _status_at_once(number, save, holds_checkpoints, speaks=is_rank_zero),
+            )
+            return _checked_run(settings, signals, is_rank_zero)
         except KeyboardInterrupt:
             signals.ending()
-            return _interrupted(signals.received, is_rank_zero)
+            return _interrupted(signals.received[0], save, is_rank_zero)
         except Exception as error:
             signals.ending()
-            if signals.received:  # other ranks end at the same signal, and this one noticed that first
-                return _interrupted(signals.received, is_rank_zero)
+            if signals.received and not isinstance(error, ValueError | OSError):
+                # other ranks end at the same signal, and this one noticed that first
+                return _interrupted(signals.received[0], save, is_rank_zero)
             if isinstance(error, ValueError):
                 return _fail(
                     error, USER_ERROR, _is_zero("LOCAL_RANK", "SLURM_LOCALID")
@@ -58,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
 
 
-def _checked_run(settings: Settings, ending: Callable[[], None], is_rank_zero: bool) -> int:
+def _checked_run(settings: Settings, signals: Signals, is_rank_zero: bool) -> int:
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")  # upstream's notes to its own developers
     from megatron_fipo.checks import check_run
     from megatron_fipo.problems import open_problems
@@ -68,7 +77,7 @@ def _checked_run(settings: Settings, ending: Callable[[], None], is_rank_zero: b
         problems = None
         if checked.layout.rank == 0 and settings.rollout.replay_rollouts is None:
             problems = stack.enter_context(open_problems(settings))
-        stack.callback(ending)  # comes first on the way out
+        stack.callback(signals.ending)  # comes first on the way out
         from megatron_fipo.rollout.engine import EngineError
         from megatron_fipo.run import run
         from megatron_fipo.trainer.agreement import EngineDisagrees
@@ -76,62 +85,28 @@ def _checked_run(settings: Settings, ending: Callable[[], None], is_rank_zero: b
         from megatron_fipo.trainer.guards import GuardStopped
 
         try:
-            run(settings, checked, problems, ending)
+            is_finished = run(settings, checked, problems, signals)
         except (EngineError, EngineDisagrees, GuardStopped) as error:
             return _fail(error, RUN_FAILED, is_rank_zero)
         except RankZeroFailed:
             return RUN_FAILED  # rank 0 says why
-    return 0
+    return 0 if is_finished else REQUEUE
 
 
-class Signals:
-    """Inside, SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt, so that engines and graders are ended on the way out.
-
-    Python drops what is raised inside a destructor: it is raised again until the run is `ending`. From then on signals
-    do nothing: torchrun sends one to the ranks that are not as quick to end as the first.
-    """
-
-    def __init__(self) -> None:
-        self.received: list[int] = []
-        self._is_ending = False
-        self._before: dict[int, Any] = {}
-        self._hook = sys.unraisablehook
-
-    def __enter__(self) -> Signals:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
-            self._before[number] = signal.signal(number, self._handle)
-        self._hook, sys.unraisablehook = sys.unraisablehook, self._show_unraisable
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.ending()
-        sys.unraisablehook = self._hook
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def ending(self) -> None:
-        """From now on the clean-up is not to be interrupted."""
-        self._is_ending = True
-        signal.setitimer(signal.ITIMER_REAL, 0)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._is_ending:
-            return
-        if number != signal.SIGALRM:
-            self.received.append(number)
-        signal.setitimer(signal.ITIMER_REAL, RAISED_AGAIN_AFTER_S)
-        raise KeyboardInterrupt
-
-    def _show_unraisable(self, unraisable: Any) -> None:
-        if unraisable.exc_type is not KeyboardInterrupt:
-            self._hook(unraisable)
-
-
-def _interrupted(received: Sequence[int], is_rank_zero: bool) -> int:
-    number = received[0]
-    if is_rank_zero and not _another_rank_failed():
+def _interrupted(number: int, save: str | None, speaks: bool) -> int:
+    """A signal ended what could be abandoned without loss: the run has not begun its first step here."""
+    if speaks and not _another_rank_failed():
         print(f"interrupted by {signal.Signals(number).name}", file=sys.stderr, flush=True)
-    return 128 + number
+    return 128 + number if save is None else REQUEUE
+
+
+def _status_at_once(
+    number: int, save: str | None, holds_checkpoints: Callable[[str], bool], *, speaks: bool
+) -> tuple[int, str]:
+    """The status of a run that ends in the middle of something, and what to say of it."""
+    if save is None or not holds_checkpoints(save):
+        return 128 + number, f"interrupted by {signal.Signals(number).name}, nothing was saved" if speaks else ""
+    return REQUEUE, f"the run can go on from the last checkpoint in {save}" if speaks else ""
 
 
 def _another_rank_failed() -> bool:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from megatron_fipo.ops.balance import balanced_partition, sequence_flops
@@ -18,26 +21,81 @@ class RankZeroFailed(RuntimeError):
     """What the other ranks raise when rank 0's part of a stage failed; rank 0 raises the real error."""
 
 
-def on_rank_zero(function: Callable[[], T], layout: ParallelLayout, control: dist.ProcessGroup) -> T | None:
-    """Run `function` on rank 0 while the others wait; its result on rank 0, None elsewhere.
+class StopRequested(Exception):
+    """A signal asks the run to end; what was under way is abandoned. Raised on every rank."""
 
-    Whatever it raises is raised on rank 0, and RankZeroFailed on every other rank, so that nobody waits for ever.
-    Collective over `control` (all ranks).
+
+@dataclass(frozen=True, eq=False)
+class RankZero:
+    """Runs rank 0's part of a stage while the other ranks wait for it.
+
+    `together` are functions of all ranks that rank 0 may call for in the middle of its part, with `call`.
+    `interruptible` and `deferred` say where a signal may raise KeyboardInterrupt (interruption.Signals has them).
     """
-    result: T | None = None
-    error: BaseException | None = None
-    if layout.rank == 0:
-        try:
-            result = function()
-        except BaseException as raised:
-            error = raised
-    status = [None if error is None else f"{type(error).__name__}: {error}"]
-    dist.broadcast_object_list(status, src=0, group=control)
-    if error is not None:
-        raise error
-    if status[0] is not None:
-        raise RankZeroFailed(f"rank 0 failed: {status[0]}")
-    return result
+
+    layout: ParallelLayout
+    control: dist.ProcessGroup
+    interruptible: Callable[[], AbstractContextManager[None]] = nullcontext
+    deferred: Callable[[], AbstractContextManager[None]] = nullcontext
+    together: dict[str, Callable[[], None]] = field(default_factory=dict)
+
+    def run(self, function: Callable[[], T], *, interruptible: bool = False) -> T | None:
+        """Run `function` on rank 0 while the others wait; its result on rank 0, None elsewhere.
+
+        Whatever it raises is raised on rank 0, and RankZeroFailed on every other rank, so that nobody waits for ever.
+        With `interruptible`, a signal to rank 0 ends it, and every rank raises StopRequested. Collective.
+        """
+        result: T | None = None
+        error: BaseException | None = None
+        if self.layout.rank == 0:
+            try:
+                with self.interruptible() if interruptible else nullcontext():
+                    result = function()
+            except BaseException as raised:
+                error = raised
+        if isinstance(error, KeyboardInterrupt) and interruptible:
+            error = StopRequested()
+        kind, text = self._agreed(_ending_of(error))
+        if error is not None:
+            raise error
+        if kind == "stop":
+            raise StopRequested
+        if kind == "failed":
+            raise RankZeroFailed(f"rank 0 failed: {text}")
+        return result
+
+    def call(self, name: str) -> None:
+        """Have every rank call `together[name]`; only for rank 0, and only inside `run`. No signal interrupts it."""
+        assert self.layout.rank == 0, "only rank 0 calls for the others"
+        with self.deferred():
+            self._broadcast(("call", name))
+            self.together[name]()
+
+    def _agreed(self, mine: tuple[str, str] | None) -> tuple[str, str]:
+        """What rank 0's part came to. The other ranks meanwhile do what it calls for."""
+        while True:
+            kind, text = self._broadcast(mine)
+            if kind != "call":
+                return kind, text
+            self.together[text]()
+
+    def _broadcast(self, message: tuple[str, str] | None) -> tuple[str, str]:
+        box: list[Any] = [message]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+
+def _ending_of(error: BaseException | None) -> tuple[str, str]:
+    if error is None:
+        return "done", ""
+    return ("stop", "") if isinstance(error, StopRequested) else ("failed", f"{type(error).__name__}: {error}")
+
+
+def any_rank(flag: bool, control: dist.ProcessGroup) -> bool:
+    """Whether `flag` is True on any rank. Collective over `control`."""
+    found = torch.tensor(int(flag))
+    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=control)
+    return bool(found)
 
 
 def shares_of(

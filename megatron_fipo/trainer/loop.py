@@ -14,7 +14,7 @@ from megatron_fipo.config import CorrectionSettings, PPOSettings
 from megatron_fipo.metrics.run_logger import RunLogger
 from megatron_fipo.parallel import ParallelLayout
 from megatron_fipo.trainer.agreement import agreement_metrics, require_agreement
-from megatron_fipo.trainer.exchange import on_rank_zero, scatter_shares
+from megatron_fipo.trainer.exchange import RankZero, StopRequested, scatter_shares
 from megatron_fipo.trainer.guards import Guards
 from megatron_fipo.types import TrainSequence
 
@@ -59,13 +59,15 @@ class Run:
     num_updates: int
     layout: ParallelLayout
     control: dist.ProcessGroup
+    rank_zero: RankZero
     hidden_size: int  # of the model: what a long sequence costs
     actor: Actor
     collect: Callable[[int], Rollout]  # the rollout batch of a step; rank 0
     start_training: Callable[[], None]  # the engines rest
     sync_weights: Callable[[int], None]  # push the weights under this version; all ranks
-    evaluate: Callable[[int], None]  # after this many steps; all ranks
-    save: Callable[[int], None]  # after this many steps; all ranks
+    evaluate: Callable[[int], None]  # after this many steps, once; all ranks; StopRequested when abandoned
+    save: Callable[[int], None]  # the state after this many steps, unless it is saved already; all ranks
+    pause: Callable[[], None]  # between stages; all ranks; StopRequested when a signal asks the run to end
     eval_interval: int | None
     save_interval: int | None
     engine_mismatch_limit: float
@@ -73,40 +75,60 @@ class Run:
     log: RunLogger
 
 
-def train(run: Run, *, first_step: int) -> None:
-    """Run steps `first_step` + 1 .. `num_steps`. Weights of version v are those after v steps. All ranks together."""
-    for step in range(first_step + 1, run.num_steps + 1):
-        with run.log.stage("rollout"):
-            rollout = on_rank_zero(partial(run.collect, step), run.layout, run.control)
-        run.start_training()
-        with run.log.stage("logprobs"):
-            mini_batches = scatter_shares(
-                rollout.sequences if rollout else None, run.num_updates, run.layout, run.control, run.hidden_size
-            )
-            sequences = [sequence for mini_batch in mini_batches for sequence in mini_batch]
-            logprobs, entropies = run.actor.old_logprobs(mini_batches)
-            agreement = agreement_metrics(
-                sequences, logprobs, entropies, weight_version=step - 1, layout=run.layout, control=run.control
-            )
-            on_rank_zero(partial(require_agreement, agreement, run.engine_mismatch_limit), run.layout, run.control)
-        reference: list[Tensor] = []
-        if run.correction.kl_coef > 0:
-            with run.log.stage("reference"):
-                reference = run.actor.reference_logprobs(mini_batches)
-        with run.log.stage("update"):
-            updates = _update(run, mini_batches, logprobs, reference)
-        with run.log.stage("sync"):
-            run.sync_weights(step)
-        record = {**_step_metrics(rollout, agreement, updates), "step": step}
-        warnings = on_rank_zero(partial(_log_step, run, record), run.layout, run.control)
-        for warning in warnings or ():
-            run.log.say(f"warning: step {step}: {warning}")
-        if rollout is not None:
-            run.log.log_samples(step, rollout.texts)
-        if _is_due(step, run.eval_interval) and step < run.num_steps:
-            run.evaluate(step)
-        if _is_due(step, run.save_interval) or step == run.num_steps:
-            run.save(step)
+def train(run: Run, *, first_step: int) -> bool:
+    """Run steps `first_step` + 1 .. `num_steps`. Weights of version v are those after v steps. All ranks together.
+
+    Returns whether it got to the end. When it is asked to stop, the stage under way is finished or abandoned, and the
+    state after the last whole step is saved.
+    """
+    num_done = first_step
+    try:
+        if first_step == 0 or _evaluation_is_due(run, first_step):
+            run.evaluate(first_step)
+        while num_done < run.num_steps:
+            run.pause()
+            _step(run, num_done + 1)
+            num_done += 1
+            if _evaluation_is_due(run, num_done):
+                run.evaluate(num_done)
+            if num_done == run.num_steps or _is_due(num_done, run.save_interval):
+                run.save(num_done)
+    except StopRequested:
+        run.save(num_done)
+        return False
+    return True
+
+
+def _step(run: Run, step: int) -> None:
+    """One step. StopRequested leaves everything as it was before, but for what generation has drawn."""
+    with run.log.stage("rollout"):
+        rollout = run.rank_zero.run(partial(run.collect, step), interruptible=True)
+    run.pause()
+    run.start_training()
+    with run.log.stage("logprobs"):
+        mini_batches = scatter_shares(
+            rollout.sequences if rollout else None, run.num_updates, run.layout, run.control, run.hidden_size
+        )
+        sequences = [sequence for mini_batch in mini_batches for sequence in mini_batch]
+        logprobs, entropies = run.actor.old_logprobs(mini_batches)
+        agreement = agreement_metrics(
+            sequences, logprobs, entropies, weight_version=step - 1, layout=run.layout, control=run.control
+        )
+        run.rank_zero.run(partial(require_agreement, agreement, run.engine_mismatch_limit))
+    reference: list[Tensor] = []
+    if run.correction.kl_coef > 0:
+        with run.log.stage("reference"):
+            reference = run.actor.reference_logprobs(mini_batches)
+    with run.log.stage("update"):
+        updates = _update(run, mini_batches, logprobs, reference)
+    with run.log.stage("sync"):
+        run.sync_weights(step)
+    record = {**_step_metrics(rollout, agreement, updates), "step": step}
+    warnings = run.rank_zero.run(partial(_log_step, run, record))
+    for warning in warnings or ():
+        run.log.say(f"warning: step {step}: {warning}")
+    if rollout is not None:
+        run.log.log_samples(step, rollout.texts)
 
 
 def _update(
@@ -179,6 +201,10 @@ def _over_updates(name: str, values: Sequence[float]) -> float:
     if name.endswith(("_max", "/max")):
         return max(values)
     return min(values) if name.endswith(("_min", "/min")) else sum(values) / len(values)
+
+
+def _evaluation_is_due(run: Run, step: int) -> bool:
+    return step == run.num_steps or _is_due(step, run.eval_interval)
 
 
 def _is_due(step: int, interval: int | None) -> bool:

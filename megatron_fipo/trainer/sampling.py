@@ -76,6 +76,14 @@ def collector_settings(
     )
 
 
+@dataclass(frozen=True, eq=False)
+class CollectorPosition:
+    """What a collector holds at a moment: the data position, and the groups that wait."""
+
+    source: dict[str, Any]
+    waiting: tuple[Group | UnfinishedGroup, ...]
+
+
 class BatchCollector:
     """Draws, grades and filters groups until a rollout batch is full. Holds what is left over between steps.
 
@@ -147,6 +155,15 @@ class BatchCollector:
             "num_unfinished_groups": len(self.unfinished),
             **_token_ages(batch, newest_version=step - 1),
         }
+
+    def position(self) -> CollectorPosition:
+        """Where the collector stands now, for `go_back`."""
+        return CollectorPosition(self.source.state_dict(), tuple(self._waiting))
+
+    def go_back(self, position: CollectorPosition) -> None:
+        """Stand where `position` was taken, as if nothing had been collected since."""
+        self.source.load_state_dict(position.source)
+        self._waiting = list(position.waiting)
 
     def state_dict(self) -> dict[str, Any]:
         """Data position, and the groups that wait, in JSON types and exact."""

@@ -82,6 +82,19 @@ def test_leaving_the_program_on_rank_zero_is_seen_too(ranks: list[dict[str, Any]
     assert ranks[1]["interrupt"].startswith("RankZeroFailed: rank 0 failed: KeyboardInterrupt")
 
 
+def test_a_signal_in_what_may_be_interrupted_stops_every_rank(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["stop"] for rank in ranks] == ["StopRequested: ", "StopRequested: "]
+
+
+def test_rank_zero_calls_for_what_all_ranks_do_together(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["together"] for rank in ranks] == [["rank 0, of True"] * 2, ["rank 1, of True"] * 2]
+    assert [rank["after calls"] for rank in ranks] == [42, None]
+
+
+def test_what_one_rank_says_is_known_to_all(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["any"] for rank in ranks] == [[True, False], [True, False]]
+
+
 def test_shares_reach_the_ranks_that_own_them(ranks: list[dict[str, Any]]) -> None:
     wanted = shares_of(make_sequences(8), 2, ParallelLayout(dp=2), 8)
     for rank, found in enumerate(ranks):
@@ -118,7 +131,7 @@ def test_agreement_covers_every_data_parallel_rank(ranks: list[dict[str, Any]]) 
 
 def on_two_ranks() -> dict[str, Any]:
     from megatron_fipo.trainer.agreement import agreement_metrics
-    from megatron_fipo.trainer.exchange import gather_to_rank_zero, on_rank_zero, scatter_shares
+    from megatron_fipo.trainer.exchange import RankZero, any_rank, gather_to_rank_zero, scatter_shares
 
     control = torch.distributed.group.WORLD
     rank = torch.distributed.get_rank()
@@ -136,15 +149,26 @@ def on_two_ranks() -> dict[str, Any]:
     def interrupt() -> None:
         raise KeyboardInterrupt
 
-    def raised_by(function: Any) -> str:
+    def raised_by(function: Any, *, interruptible: bool = False) -> str:
         try:
-            on_rank_zero(function, dp, control)
+            rank_zero.run(function, interruptible=interruptible)
         except BaseException as error:
             return f"{type(error).__name__}: {error}"
         return "nothing"
 
-    result = on_rank_zero(work, dp, control)
+    together: list[str] = []
+    rank_zero = RankZero(dp, control)
+    rank_zero.together["sync"] = lambda: together.append(f"rank {rank}, of {any_rank(True, control)}")
+
+    def call_twice() -> int:
+        rank_zero.call("sync")
+        rank_zero.call("sync")
+        return 42
+
+    result = rank_zero.run(work)
     errors = {"error": raised_by(fail), "interrupt": raised_by(interrupt)}
+    errors["stop"] = raised_by(interrupt, interruptible=True)
+    after_calls = rank_zero.run(call_twice)
     sequences = make_sequences(8) if rank == 0 else None
     mine = scatter_shares(sequences, 2, dp, control, 8)
     replicated = scatter_shares(sequences, 2, tp, control, 8)
@@ -159,6 +183,9 @@ def on_two_ranks() -> dict[str, Any]:
     )
     return {
         "result": result,
+        "together": together,
+        "after calls": after_calls,
+        "any": [any_rank(rank == 1, control), any_rank(False, control)],
         "calls": calls,
         **errors,
         "dp shares": [[sequence.uid for sequence in update] for update in mine],

@@ -18,6 +18,7 @@ from megatron_fipo.metrics.run_logger import RunLogger
 from megatron_fipo.parallel import ParallelLayout
 from megatron_fipo.run_config import GuardSettings
 from megatron_fipo.trainer.agreement import EngineDisagrees
+from megatron_fipo.trainer.exchange import RankZero, StopRequested
 from megatron_fipo.trainer.guards import Guards, GuardStopped
 from megatron_fipo.trainer.loop import Rollout, Run, train
 from megatron_fipo.types import TrainSequence
@@ -36,9 +37,20 @@ class World:
         self.skips: set[int] = set()  # numbers of updates that end in a NaN
         self.own_statistics: dict[str, float] = {}  # of the user's own loss
         self.even_statistics: dict[str, float] = {}  # and those of every other update
+        self.stop_at: tuple[str, int] | None = None  # ("pause" | "collect" | "evaluate", which call of it)
+        self.num_calls = {"pause": 0, "collect": 0, "evaluate": 0}
+
+    def may_stop(self, where: str) -> None:
+        self.num_calls[where] += 1
+        if self.stop_at == (where, self.num_calls[where]):
+            raise KeyboardInterrupt if where == "collect" else StopRequested
+
+    def pause(self) -> None:
+        self.may_stop("pause")
 
     def collect(self, step: int) -> Rollout:
         self.diary.append(("collect", step))
+        self.may_stop("collect")
         sequences = [make_sequence(f"s{step}/{i}", 2 + i, version=self.engine_version) for i in range(NUM_SEQUENCES)]
         return Rollout(sequences, {"accuracy": step / 10}, [{"uid": sequences[0].uid, "text": "4"}])
 
@@ -88,6 +100,7 @@ class World:
 
     def evaluate(self, step: int) -> None:
         self.diary.append(("evaluate", step))
+        self.may_stop("evaluate")
 
     def save(self, step: int) -> None:
         self.diary.append(("save", step))
@@ -114,6 +127,7 @@ def make_run(world: World, control: dist.ProcessGroup, run_dir: Path, *, num_ste
         "num_updates": NUM_UPDATES,
         "layout": ParallelLayout(),
         "control": control,
+        "rank_zero": RankZero(ParallelLayout(), control),
         "hidden_size": 8,
         "actor": world,
         "collect": world.collect,
@@ -121,6 +135,7 @@ def make_run(world: World, control: dist.ProcessGroup, run_dir: Path, *, num_ste
         "sync_weights": world.sync_weights,
         "evaluate": world.evaluate,
         "save": world.save,
+        "pause": world.pause,
         "eval_interval": None,
         "save_interval": None,
         "engine_mismatch_limit": 1.0,
@@ -149,7 +164,7 @@ def test_a_step_happens_in_order(control: dist.ProcessGroup, tmp_path: Path) -> 
             ("update", uids[2:], "fipo"),
             ("sync", step),  # weights of version v are those after v steps
         ]
-    assert world.diary == [*expected, ("save", 2)]
+    assert world.diary == [("evaluate", 0), *expected, ("evaluate", 2), ("save", 2)]
 
 
 def test_every_step_is_logged_with_the_means_over_its_updates(control: dist.ProcessGroup, tmp_path: Path) -> None:
@@ -198,6 +213,7 @@ def test_evaluations_and_checkpoints_keep_their_intervals_and_the_end_is_saved(
     train(make_run(world, control, tmp_path, num_steps=7, eval_interval=2, save_interval=3), first_step=0)
     done = [entry for entry in world.diary if entry[0] in ("sync", "evaluate", "save")]
     assert done == [
+        ("evaluate", 0),
         ("sync", 1),
         ("sync", 2),
         ("evaluate", 2),
@@ -210,18 +226,66 @@ def test_evaluations_and_checkpoints_keep_their_intervals_and_the_end_is_saved(
         ("evaluate", 6),
         ("save", 6),
         ("sync", 7),
+        ("evaluate", 7),
         ("save", 7),
     ]
 
 
-def test_the_last_step_is_saved_once_and_evaluated_by_the_caller(control: dist.ProcessGroup, tmp_path: Path) -> None:
+def test_the_last_step_is_evaluated_and_saved_once(control: dist.ProcessGroup, tmp_path: Path) -> None:
     world = World()
     train(make_run(world, control, tmp_path, num_steps=2, eval_interval=1, save_interval=1), first_step=0)
     assert [entry for entry in world.diary if entry[0] in ("evaluate", "save")] == [
+        ("evaluate", 0),
         ("evaluate", 1),
         ("save", 1),
+        ("evaluate", 2),
         ("save", 2),
     ]
+
+
+# where a signal finds the run: "pause" 1, 3 lie before a step, 2, 4 after its generation
+STOPS: list[tuple[tuple[str, int], int, int]] = [  # where, steps logged, the step that is saved
+    (("evaluate", 1), 0, 0),
+    (("pause", 1), 0, 0),
+    (("collect", 1), 0, 0),
+    (("pause", 2), 0, 0),
+    (("pause", 3), 1, 1),
+    (("collect", 2), 1, 1),
+    (("pause", 4), 1, 1),
+    (("evaluate", 2), 2, 2),
+]
+
+
+@pytest.mark.parametrize(("stop_at", "num_logged", "saved"), STOPS)
+def test_a_run_that_is_asked_to_stop_saves_the_last_whole_step(
+    control: dist.ProcessGroup, tmp_path: Path, stop_at: tuple[str, int], num_logged: int, saved: int
+) -> None:
+    world = World()
+    world.stop_at = stop_at
+    assert train(make_run(world, control, tmp_path, num_steps=5, eval_interval=2), first_step=0) is False
+    assert world.diary[-1] == ("save", saved)
+    assert [entry for entry in world.diary if entry[0] == "save"] == [("save", saved)]
+    assert [record["step"] for record in records(tmp_path)] == list(range(1, num_logged + 1))
+    assert world.engine_version == num_logged, "a step that was begun was not finished"
+
+
+def test_a_run_that_gets_to_its_end_says_so(control: dist.ProcessGroup, tmp_path: Path) -> None:
+    assert train(make_run(World(), control, tmp_path), first_step=0) is True
+
+
+def test_an_evaluation_that_was_due_is_asked_for_again_on_resume(control: dist.ProcessGroup, tmp_path: Path) -> None:
+    world = World()
+    train(make_run(world, control, tmp_path, num_steps=5, eval_interval=2), first_step=0)
+    for first_step, wanted in ((2, [2, 4, 5]), (3, [4, 5]), (5, [5])):
+        world = World()
+        run_dir = tmp_path / str(first_step)
+        run_dir.mkdir()
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()[:first_step]
+        (run_dir / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        world.engine_version = first_step
+        run = make_run(world, control, run_dir, num_steps=5, eval_interval=2, resume_step=first_step)
+        assert train(run, first_step=first_step)
+        assert [entry[1] for entry in world.diary if entry[0] == "evaluate"] == wanted
 
 
 def test_a_resumed_run_goes_on_with_the_next_step(control: dist.ProcessGroup, tmp_path: Path) -> None:
@@ -238,7 +302,7 @@ def test_a_resumed_run_goes_on_with_the_next_step(control: dist.ProcessGroup, tm
 def test_a_finished_run_has_nothing_to_do(control: dist.ProcessGroup, tmp_path: Path) -> None:
     world = World()
     train(make_run(world, control, tmp_path, num_steps=2, resume_step=2), first_step=2)
-    assert world.diary == []
+    assert world.diary == [("evaluate", 2)]  # which is made only where the records do not hold it
 
 
 def test_samples_of_older_weights_are_trained_on_but_not_compared(control: dist.ProcessGroup, tmp_path: Path) -> None:
@@ -274,7 +338,7 @@ def test_a_failing_rollout_ends_the_run_with_its_own_error(control: dist.Process
 
     with pytest.raises(ValueError, match="the problems are too easy"):
         train(make_run(world, control, tmp_path, collect=fail), first_step=0)
-    assert world.diary == []
+    assert world.diary == [("evaluate", 0)]
 
 
 def test_recorded_rollouts_train_without_an_engine(control: dist.ProcessGroup, tmp_path: Path) -> None:
@@ -288,6 +352,7 @@ def test_recorded_rollouts_train_without_an_engine(control: dist.ProcessGroup, t
         collect=rollouts.__getitem__,
         start_training=lambda: None,
         sync_weights=lambda version: None,
+        evaluate=lambda step: None,
     )
     train(run, first_step=0)
     asked_of_the_actor = [entry for entry in world.diary if entry[0] in ("old log-probs", "update", "save")]

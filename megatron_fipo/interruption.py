@@ -1,0 +1,150 @@
+"""Signals that ask a run to end: what they interrupt, what they let finish, and the moment at which it is over anyway.
+
+SIGTERM, SIGUSR1, SIGINT and SIGHUP all ask for the same. Where nothing is lost by it (start-up, generation, evaluation)
+they raise KeyboardInterrupt; elsewhere they are noted, and the training loop looks at the note between its stages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, NoReturn
+
+REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: the run can go on from where it was saved
+RAISED_AGAIN_AFTER_S = 1.0
+SAME_REQUEST_S = 1.0  # a terminal and a launcher may both pass on what was asked once
+_ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
+class Signals:
+    """A context manager for the main thread. Inside, the signals above ask the run to end.
+
+    The first one starts the grace time (`set_grace`): when it is over, or when a second one arrives more than a second
+    after the first, the process ends at once, whatever it is doing, with what `status_at_once` says. Engines and
+    graders notice that and end too.
+    """
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self._grace_s: float | None = None
+        self._status_at_once: Callable[[int], tuple[int, str]] | None = None
+        self._is_ending = False
+        self._is_deferring = False
+        self._before: dict[int, Any] = {}
+        self._hook = sys.unraisablehook
+        self._pipe = (-1, -1)
+        self._watch: threading.Thread | None = None
+
+    def __enter__(self) -> Signals:
+        self._pipe = os.pipe()
+        os.set_blocking(self._pipe[1], False)
+        self._watch = threading.Thread(target=self._watch_pipe, daemon=True)
+        self._watch.start()
+        for number in (*_ASKING, signal.SIGALRM):
+            self._before[number] = signal.signal(number, self._handle)
+        signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)  # written to even while C code holds on
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._show_unraisable
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.ending()
+        signal.set_wakeup_fd(-1)
+        sys.unraisablehook = self._hook
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        os.close(self._pipe[1])  # ends the watch
+        assert self._watch is not None
+        self._watch.join()
+        os.close(self._pipe[0])
+
+    def set_grace(self, seconds: float, status_at_once: Callable[[int], tuple[int, str]]) -> None:
+        """From now on the process lives at most `seconds` after the first signal.
+
+        `status_at_once(signal number)` gives the exit status of an end at once, and what to print with it or "", on
+        ranks that do not speak; it is called in another thread.
+        """
+        self._grace_s, self._status_at_once = seconds, status_at_once
+
+    def ending(self) -> None:
+        """From now on the clean-up is not interrupted, except by the end of the grace time: torchrun signals the ranks
+        that are not as quick to end as the first."""
+        self._is_ending = True
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def defer(self) -> None:
+        """From now on signals are noted and raise nothing, but inside `interruptible`."""
+        self._is_deferring = True
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Inside, a signal raises KeyboardInterrupt, also one that was noted before."""
+        before, self._is_deferring = self._is_deferring, False
+        try:
+            if self.received:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._is_deferring = before
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Inside, signals are noted only; on leaving, one that was noted raises where it would have outside."""
+        before = self._is_deferring
+        self.defer()
+        try:
+            yield
+        finally:
+            self._is_deferring = before
+        if self.received and not before and not self._is_ending:
+            raise KeyboardInterrupt
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._is_ending:
+            return
+        if number != signal.SIGALRM:
+            self.received.append(number)
+        if self._is_deferring:
+            return
+        # Python drops what is raised inside a destructor: it is raised again until somebody acts on it
+        signal.setitimer(signal.ITIMER_REAL, RAISED_AGAIN_AFTER_S)
+        raise KeyboardInterrupt
+
+    def _show_unraisable(self, unraisable: Any) -> None:
+        if unraisable.exc_type is not KeyboardInterrupt:
+            self._hook(unraisable)
+
+    def _watch_pipe(self) -> None:
+        """In a thread of its own: the main one may sit in a collective that never returns."""
+        first, began = 0, 0.0  # the signal that asked, and when
+        while True:
+            left = None
+            if first and self._grace_s is not None:
+                left = max(0.0, began + self._grace_s - time.monotonic())
+            readable, _, _ = select.select([self._pipe[0]], [], [], left)
+            if not readable:
+                self._end_at_once(first, f"the run did not end within {self._grace_s:g} s (--exit-grace-s)")
+            numbers = os.read(self._pipe[0], 64)
+            if not numbers:
+                return
+            asking = [number for number in numbers if number in _ASKING]
+            if asking and not first:
+                first, began = asking[0], time.monotonic()
+            elif asking and time.monotonic() - began > SAME_REQUEST_S and not self._is_ending:
+                self._end_at_once(first, f"a second signal ({signal.Signals(asking[0]).name}) ended the run at once")
+
+    def _end_at_once(self, number: int, why: str) -> NoReturn:
+        status, words = 128 + number, ""
+        if self._status_at_once is not None:
+            status, words = self._status_at_once(number)
+        if words:
+            os.write(2, f"{why}: {words}\n".encode())
+        os._exit(status)

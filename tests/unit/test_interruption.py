@@ -1,0 +1,148 @@
+"""What a signal does to a process: it raises where nothing is lost, is noted elsewhere, and is obeyed in the end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_fipo.interruption import REQUEUE, Signals
+
+ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+
+
+@pytest.mark.parametrize("number", ASKING)
+def test_a_signal_raises_where_it_may(number: signal.Signals) -> None:
+    with Signals() as signals:
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+        signals.ending()
+        assert signals.received == [number]
+
+
+def test_a_deferred_signal_is_noted_and_raises_in_the_next_place_that_may_be_interrupted() -> None:
+    with Signals() as signals:
+        signals.defer()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == [signal.SIGTERM]
+        reached = False
+        with pytest.raises(KeyboardInterrupt), signals.interruptible():
+            reached = True
+        assert not reached
+        time.sleep(1.2)  # longer than it is raised again after
+        signals.ending()
+
+
+def test_what_may_be_interrupted_is_and_what_follows_is_not() -> None:
+    with Signals() as signals:
+        signals.defer()
+        with pytest.raises(KeyboardInterrupt), signals.interruptible():
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(5)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert signals.received == [signal.SIGUSR1] * 2
+
+
+def test_inside_an_interruptible_stage_a_part_can_be_kept_whole() -> None:
+    steps = []
+    with Signals() as signals:
+        signals.defer()
+        with pytest.raises(KeyboardInterrupt), signals.interruptible():
+            with signals.deferred():
+                os.kill(os.getpid(), signal.SIGTERM)
+                steps.append("whole")
+            steps.append("not reached")
+    assert steps == ["whole"]
+
+
+def test_handlers_and_wakeup_fd_are_put_back() -> None:
+    before = [signal.getsignal(number) for number in ASKING]
+    with Signals():
+        assert signal.getsignal(signal.SIGTERM) is not before[0]
+    assert [signal.getsignal(number) for number in ASKING] == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+PROGRAM = """
+import hashlib, signal, sys, time
+from megatron_fipo.interruption import Signals
+
+with Signals() as signals:
+    signals.set_grace({grace}, lambda number: (75, f"because of {{number}}"))
+    {before}
+    print("ready", flush=True)
+    {stuck}
+"""
+IN_C_CODE = "hashlib.pbkdf2_hmac('sha256', b'a', b'b', 400_000_000)"  # no Python code runs meanwhile
+
+
+def start(**parts: object) -> subprocess.Popen[str]:
+    program = PROGRAM.format(**{"before": "signals.defer()", "stuck": IN_C_CODE, "grace": 60, **parts})
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def end_of(process: subprocess.Popen[str]) -> tuple[int, str]:
+    try:
+        _, stderr = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    return process.returncode, stderr
+
+
+def test_the_end_of_the_grace_time_ends_a_process_that_is_stuck() -> None:
+    process = start(grace=0.3)
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    status, stderr = end_of(process)
+    assert status == REQUEUE
+    assert stderr == "the run did not end within 0.3 s (--exit-grace-s): because of 15\n"
+    assert time.monotonic() - began < 5
+
+
+def test_a_second_signal_ends_a_process_at_once() -> None:
+    process = start()
+    process.send_signal(signal.SIGUSR1)
+    time.sleep(1.3)
+    assert process.poll() is None, "the first signal alone ended it"
+    process.send_signal(signal.SIGTERM)
+    status, stderr = end_of(process)
+    assert (status, stderr) == (REQUEUE, "a second signal (SIGTERM) ended the run at once: because of 10\n")
+
+
+def test_one_request_that_arrives_twice_is_one() -> None:
+    process = start()
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.3)
+    assert process.poll() is None
+    process.kill()
+    end_of(process)
+
+
+def test_the_clean_up_is_not_ended_by_a_second_signal_but_by_the_grace_time() -> None:
+    process = start(grace=2.5, before="signals.defer(); signals.ending()", stuck="time.sleep(60)")
+    began = time.monotonic()
+    for _ in range(2):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(1.1)
+    assert process.poll() is None
+    status, stderr = end_of(process)
+    assert status == REQUEUE
+    assert "within 2.5 s" in stderr
+    assert 2.4 < time.monotonic() - began < 10
