@@ -1,120 +1,231 @@
-"""All engines of a run as one: requests spread by load, weight updates to every engine."""
+"""All engines of a run as one: requests spread by load, weight updates to every engine, failed engines set aside.
+
+An engine that fails, in whatever it was asked, has its process ended and gets nothing more. What it had is asked again
+of the others (failover.py). `restart_failed` starts it anew, and from the next weight update on it serves again.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Coroutine, Sequence
+import sys
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from megatron_fipo.rollout.engine import EngineError
+from megatron_fipo.rollout.engine import Engine, EngineError, MemoryTag, NoEngineLeft
 from megatron_fipo.rollout.event_loop import run
+from megatron_fipo.rollout.failover import Ask, Spread, answer_all, together, watched
+from megatron_fipo.run_config import EngineSettings
 from megatron_fipo.types import Completion, GenerateRequest
 from megatron_fipo.weights.bucket import WeightBucket
 
 T = TypeVar("T")
 
+_REASON_CHARS = 300
 
-class AsyncEngine(Protocol):
-    """What the pool asks of an engine (SGLangEngine has it)."""
 
-    name: str
-    weight_version: int
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
-    async def await_ready(self) -> None: ...
-    async def agenerate(self, requests: Sequence[GenerateRequest]) -> list[Completion]: ...
-    async def ascore(self, token_ids: Sequence[np.ndarray]) -> list[np.ndarray]: ...
-    async def abegin_weight_update(self) -> None: ...
-    async def apush_bucket(self, bucket: WeightBucket) -> None: ...
-    async def aend_weight_update(self, version: int) -> None: ...
-    def check_alive(self) -> None: ...
-    def shutdown(self) -> None: ...
+
+@dataclass(eq=False)
+class _Member:
+    """An engine and how it stands. "starting": it was started again, and waits for an update to serve again."""
+
+    engine: Engine
+    state: Literal["up", "starting", "failed"] = "up"
+    reason: str = ""  # why it failed
+    num_restarts: int = 0  # since it last answered
+    can_restart: bool = True
+    released: frozenset[MemoryTag] = frozenset()
+
+    @property
+    def headline(self) -> str:
+        """The reason as one line, without the tail of the engine's log."""
+        return self.reason.partition("\nlast lines of ")[0].replace("\n", "; ")[:_REASON_CHARS]
 
 
 class EnginePool:
-    """Implements engine.Engine over one or more engines. A context manager: leaving it shuts all of them down."""
+    """One or more engines. A context manager: leaving it shuts all of them down.
 
-    def __init__(self, engines: Sequence[AsyncEngine]) -> None:
+    All methods raise NoEngineLeft when every engine has failed and none may be started again.
+    """
+
+    def __init__(
+        self,
+        engines: Sequence[Engine],
+        *,
+        max_retries: int = EngineSettings.max_retries,
+        max_restarts: int = EngineSettings.max_restarts,
+        health_check_interval_s: float = EngineSettings.health_check_interval_s,
+        say: Callable[[str], None] = _say,
+    ) -> None:
+        """`say` gets one line whenever an engine fails, is started again or serves again."""
         assert engines, "a pool needs at least one engine"
+        names = [engine.name for engine in engines]
+        assert len(set(names)) == len(names), f"engines share a name: {names}"
         self.engines = tuple(engines)
-        self.name = "pool"
         self.weight_version = 0
+        self.revive: Callable[[], None] | None = None
+        """Called in the middle of `generate` and `score` when every engine has failed but some may be started again: it
+        is to start them (`restart_failed`) and to send them the weights they had, as the same version."""
+        self._members = [_Member(engine) for engine in engines]
+        self._last_failed = self._members[0]
+        self._updating = False
+        self._max_retries = max_retries
+        self._max_restarts = max_restarts
+        self._interval_s = health_check_interval_s
+        self._say = say
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """The engines that are set aside and not started again: name -> what it failed of."""
+        return {member.engine.name: member.reason for member in self._members if member.state == "failed"}
 
     def wait_ready(self) -> None:
-        """Return once every engine answers. EngineError if one does not start."""
-
-        async def wait() -> None:
-            await _all(*(engine.await_ready() for engine in self.engines))
-
-        run(wait())
+        """Return once every engine answers. One that does not start is set aside; NoEngineLeft if none does."""
+        run(self._each(self._in_state("up", "starting"), lambda engine: engine.await_ready(), watch=False))
+        if not self._in_state("up", "starting"):
+            raise self._none_left("starting up")
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
-        return run(self.agenerate(requests))
+        """One completion per request, in their order, all of the pool's weight version.
 
-    async def agenerate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
-        """Requests with the same prompt go to one engine, which computes the prompt once."""
-        shares = spread_requests(requests, len(self.engines))
-        answers = await _all(
-            *(
-                engine.agenerate([requests[index] for index in share])
-                for engine, share in zip(self.engines, shares, strict=True)
-            )
-        )
-        completions: list[Completion | None] = [None] * len(requests)
-        for engine, share, answer in zip(self.engines, shares, answers, strict=True):
-            for index, completion in zip(share, answer, strict=True):
-                if completion.weight_version != self.weight_version:
-                    raise EngineError(
-                        f"engine {engine.name} answered request {completion.uid} with weight version "
-                        f"{completion.weight_version}; the run is at {self.weight_version}"
-                    )
-                completions[index] = completion
-        return [completion for completion in completions if completion is not None]
+        Requests with the same prompt go to one engine, which computes the prompt once. EngineError when a request fails
+        every engine it is given to.
+        """
+        version = self.weight_version
+
+        async def ask(engine: Engine, share: Sequence[int]) -> list[Completion]:
+            asked = [requests[index] for index in share]
+            completions = await engine.agenerate(asked)
+            _check_completions(engine, asked, completions, version)
+            return completions
+
+        def spread(share: Sequence[int], num_engines: int) -> list[list[int]]:
+            parts = spread_requests([requests[index] for index in share], num_engines)
+            return [[share[index] for index in part] for part in parts]
+
+        completions = self._answer(len(requests), ask, spread)
+        assert [item.uid for item in completions] == [item.uid for item in requests], "completions lost or doubled"
+        assert all(item.weight_version == version for item in completions), "completions of several weight versions"
+        return completions
 
     def score(self, token_ids: Sequence[np.ndarray]) -> list[np.ndarray]:
-        async def score_all() -> list[np.ndarray]:
-            shares = [range(first, len(token_ids), len(self.engines)) for first in range(len(self.engines))]
-            answers = await _all(
-                *(
-                    engine.ascore([token_ids[index] for index in share])
-                    for engine, share in zip(self.engines, shares, strict=True)
-                )
-            )
-            scores: dict[int, np.ndarray] = {}
-            for share, answer in zip(shares, answers, strict=True):
-                scores.update(zip(share, answer, strict=True))
-            return [scores[index] for index in range(len(token_ids))]
+        """Log-probs of given tokens, as Engine.ascore, in their order."""
 
-        return run(score_all())
+        async def ask(engine: Engine, share: Sequence[int]) -> list[np.ndarray]:
+            asked = [token_ids[index] for index in share]
+            scores = await engine.ascore(asked)
+            if [score.shape for score in scores] != [ids.shape for ids in asked]:
+                raise EngineError(
+                    f"engine {engine.name} scored {[len(score) for score in scores]} tokens, "
+                    f"not the {[len(ids) for ids in asked]} it was sent"
+                )
+            return scores
+
+        def spread(share: Sequence[int], num_engines: int) -> list[list[int]]:
+            return [list(share[first::num_engines]) for first in range(num_engines)]
+
+        return self._answer(len(token_ids), ask, spread)
 
     def begin_weight_update(self) -> None:
-        async def begin() -> None:
-            await _all(*(engine.abegin_weight_update() for engine in self.engines))
-
-        run(begin())
+        """Open an update on every engine, after waiting for those that were started again. When the last engine fails
+        here, those that may be are started again."""
+        assert not self._updating, "the last weight update was not ended"
+        while True:
+            run(self._each(self._in_state("starting"), lambda engine: engine.await_ready(), watch=False))
+            run(self._each(self._in_state("up", "starting"), lambda engine: engine.abegin_weight_update()))
+            if self._in_state("up", "starting"):
+                break
+            self._require_one("opening a weight update")
+            self.restart_failed()
+        self._updating = True
 
     def push_bucket(self, bucket: WeightBucket) -> None:
-        async def push() -> None:
-            await _all(*(engine.apush_bucket(bucket) for engine in self.engines))
-
-        run(push())
+        """Copy a bucket's tensors into every engine. EngineError when none is left: that ends the update."""
+        self._in_update(lambda engine: engine.apush_bucket(bucket))
 
     def end_weight_update(self, version: int) -> None:
-        async def end() -> None:
-            await _all(*(engine.aend_weight_update(version) for engine in self.engines))
-
-        run(end())
+        """Close the update: all engines serve as `version`. EngineError when none is left: that ends the update too."""
+        self._in_update(lambda engine: engine.aend_weight_update(version))
+        self._updating = False
         self.weight_version = version
+        for member in self._in_state("up", "starting"):
+            found = member.engine.weight_version
+            assert found == version, f"engine {member.engine.name} is at {found} after an update to {version}"
+            if member.state == "starting":
+                self._say(f"engine {member.engine.name} serves again, with weight version {version}")
+                member.state = "up"
+
+    def weight_checksums(self) -> dict[str, list[dict[str, str]]]:
+        """Engine name -> Engine.aweight_checksums."""
+        checksums = run(self._each(self._in_state("up"), lambda engine: engine.aweight_checksums()))
+        self._require_one("asking for checksums")
+        return checksums
+
+    def release_memory(self, tags: Sequence[MemoryTag]) -> None:
+        """Engine.arelease_memory of what each engine still holds."""
+
+        async def release(engine: Engine) -> None:
+            member = self._member(engine)
+            held = [tag for tag in tags if tag not in member.released]
+            if held:
+                await engine.arelease_memory(held)
+                member.released |= frozenset(held)
+
+        run(self._each(self._in_state("up"), release))
+        self._require_one("releasing memory")
+
+    def resume_memory(self, tags: Sequence[MemoryTag]) -> None:
+        """Engine.aresume_memory of what each engine has released. One started again since then holds all of it."""
+
+        async def resume(engine: Engine) -> None:
+            member = self._member(engine)
+            lacking = [tag for tag in tags if tag in member.released]
+            if lacking:
+                await engine.aresume_memory(lacking)
+                member.released -= frozenset(lacking)
+
+        run(self._each(self._in_state("up", "starting") if self._updating else self._in_state("up"), resume))
+        self._require_one("resuming memory")
+
+    def restart_failed(self) -> list[str]:
+        """Start failed engines again, at most max_restarts times each without an answer from it in between, and return
+        their names. They are ready when `begin_weight_update` returns, and serve after that update."""
+        assert not self._updating, "engines are started again before a weight update, not in one"
+        started = []
+        for member in self._members:
+            if not self._may_restart(member):
+                continue
+            member.num_restarts += 1
+            name, which = member.engine.name, f"{member.num_restarts} of {self._max_restarts}"
+            try:
+                member.engine.restart()
+            except (EngineError, OSError) as failure:
+                member.reason = f"engine {name} could not be started again: {failure}"
+                self._say(f"warning: {member.headline} (attempt {which})")
+                continue
+            member.state, member.released = "starting", frozenset()
+            self._say(f"engine {name} is started again ({which})")
+            started.append(name)
+        return started
 
     def check_alive(self) -> None:
-        for engine in self.engines:
+        """Set engines aside whose process has ended."""
+
+        async def check(engine: Engine) -> None:
             engine.check_alive()
 
+        run(self._each(self._in_state("up", "starting"), check, watch=False))
+        self._require_one("checking that they live")
+
     def shutdown(self) -> None:
-        with contextlib.ExitStack() as shutdowns:  # calls all of them, and raises what one raised afterwards
+        with ExitStack() as shutdowns:  # calls all of them, and raises what one raised afterwards
             for engine in self.engines:
                 shutdowns.callback(engine.shutdown)
 
@@ -125,6 +236,131 @@ class EnginePool:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.shutdown()
+
+    def _answer(self, num_items: int, ask: Ask[T], spread: Spread) -> list[T]:
+        """`ask` all items of the engines, reviving them when none is left; the answers in order."""
+        assert not self._updating, "engines were asked in the middle of a weight update"
+        version = self.weight_version
+        answers: dict[int, T] = {}
+        num_asked = dict.fromkeys(range(num_items), 0)
+
+        async def ask_and_count(engine: Engine, share: Sequence[int]) -> Sequence[T]:
+            answered = await ask(engine, share)
+            self._member(engine).num_restarts = 0
+            return answered
+
+        async def set_aside(engine: Engine, failure: EngineError, num_lost: int) -> None:
+            lost = f"; {num_lost} of its requests are asked again"
+            await self._set_aside(self._member(engine), failure, lost)
+
+        async def ask_all() -> dict[int, T]:
+            engines = await self._serving()
+            if not engines:
+                return {}
+            return await answer_all(
+                engines,
+                num_asked,
+                ask=ask_and_count,
+                spread=spread,
+                set_aside=set_aside,
+                max_retries=self._max_retries,
+                health_check_interval_s=self._interval_s,
+            )
+
+        while num_asked:
+            answers.update(run(ask_all()))
+            num_asked = {item: count for item, count in num_asked.items() if item not in answers}
+            if num_asked:
+                self._revive(version)
+        return [answers[item] for item in range(num_items)]
+
+    async def _serving(self) -> list[Engine]:
+        """The engines that may be asked. One that holds other weights than the run's is set aside."""
+        for member in self._in_state("up"):
+            found = member.engine.weight_version
+            if found != self.weight_version:
+                stale = EngineError(
+                    f"engine {member.engine.name} holds weight version {found}; the run is at {self.weight_version}"
+                )
+                await self._set_aside(member, stale)
+        return [member.engine for member in self._in_state("up")]
+
+    def _revive(self, version: int) -> None:
+        self._require_one("answering")
+        if self.revive is None:
+            raise self._none_left("answering")
+        restarts = sum(member.num_restarts for member in self._members)
+        self._say("no engine is left: those that may be are started again")
+        try:
+            self.revive()
+        except NoEngineLeft:
+            raise
+        except EngineError as failure:
+            self._say(f"warning: that failed: {str(failure).splitlines()[0]}")
+        assert sum(member.num_restarts for member in self._members) > restarts, "revive started no engine again"
+        assert self.weight_version == version, f"revived with weight version {self.weight_version}, not {version}"
+
+    def _in_update(self, call: Callable[[Engine], Coroutine[Any, Any, None]]) -> None:
+        assert self._updating, "no weight update has begun"
+        run(self._each(self._in_state("up", "starting"), call))
+        if not self._in_state("up", "starting"):
+            self._updating = False
+            self._require_one("a weight update")
+            raise EngineError(f"every engine failed in a weight update\n{self._reasons()}")
+
+    async def _each(
+        self, members: Sequence[_Member], call: Callable[[Engine], Coroutine[Any, Any, T]], *, watch: bool = True
+    ) -> dict[str, T]:
+        """Call every member's engine at once; set aside those that fail. Engine name -> answer of the others."""
+        answers: dict[str, T] = {}
+
+        async def one(member: _Member) -> None:
+            name = member.engine.name
+            answer = call(member.engine)
+            try:
+                answers[name] = await (watched(member.engine, answer, self._interval_s) if watch else answer)
+            except EngineError as failure:
+                await self._set_aside(member, failure)
+
+        await together(*(one(member) for member in members))
+        return answers
+
+    async def _set_aside(self, member: _Member, failure: EngineError, consequence: str = "") -> None:
+        """In a thread, because it may take seconds, and so that a signal cannot break it off half done."""
+        member.state, member.reason = "failed", str(failure)
+        self._last_failed = member
+        self._say(f"warning: {member.headline}; it is set aside{consequence}")
+        try:
+            await asyncio.to_thread(member.engine.shutdown)
+        except OSError as error:
+            member.can_restart = False
+            member.reason += f"\nIt could not be ended either, and is not started again: {error}"
+            self._say(f"warning: engine {member.engine.name} could not be ended: {error}")
+
+    def _member(self, engine: Engine) -> _Member:
+        return next(member for member in self._members if member.engine is engine)
+
+    def _in_state(self, *states: str) -> list[_Member]:
+        return [member for member in self._members if member.state in states]
+
+    def _may_restart(self, member: _Member) -> bool:
+        return member.state == "failed" and member.can_restart and member.num_restarts < self._max_restarts
+
+    def _require_one(self, when: str) -> None:
+        if all(member.state == "failed" and not self._may_restart(member) for member in self._members):
+            raise self._none_left(when)
+
+    def _none_left(self, when: str) -> NoEngineLeft:
+        return NoEngineLeft(f"no engine is left after {when}\n{self._reasons()}")
+
+    def _reasons(self) -> str:
+        """A line about every engine, then the tail of the log of the one that failed last."""
+        lines = [
+            f"    {member.headline}" + (f" (started again {member.num_restarts} times)" if member.num_restarts else "")
+            for member in self._members
+        ]
+        tail = self._last_failed.reason.partition("\nlast lines of ")
+        return "\n".join([*lines, *([(tail[1] + tail[2]).lstrip()] if tail[1] else [])])
 
 
 def spread_requests(requests: Sequence[GenerateRequest], num_engines: int) -> list[list[int]]:
@@ -146,11 +382,16 @@ def spread_requests(requests: Sequence[GenerateRequest], num_engines: int) -> li
     return [sorted(share) for share in shares]
 
 
-async def _all(*calls: Coroutine[Any, Any, T]) -> list[T]:
-    """Run the calls together; on the first failure cancel the others and raise it."""
-    tasks = [asyncio.create_task(call) for call in calls]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
+def _check_completions(
+    engine: Engine, requests: Sequence[GenerateRequest], completions: Sequence[Completion], version: int
+) -> None:
+    """EngineError unless these are the answers to the requests, under the version wanted."""
+    found, wanted = [item.uid for item in completions], [item.uid for item in requests]
+    if found != wanted:
+        raise EngineError(f"engine {engine.name} answered {len(found)} requests {found[:4]}..., not {wanted[:4]}...")
+    for item in completions:
+        if item.weight_version != version:
+            raise EngineError(
+                f"engine {engine.name} answered request {item.uid} with weight version {item.weight_version}; "
+                f"the run is at {version}"
+            )

@@ -9,7 +9,7 @@ import logging
 import pytest
 
 from megatron_fipo.rollout.event_loop import run
-from megatron_fipo.rollout.pool import _all
+from megatron_fipo.rollout.failover import together
 
 
 def test_an_interrupted_call_leaves_no_message_behind(caplog: pytest.LogCaptureFixture) -> None:
@@ -18,10 +18,10 @@ def test_an_interrupted_call_leaves_no_message_behind(caplog: pytest.LogCaptureF
         raise KeyboardInterrupt  # as the handler of a signal does, wherever the program happens to be
 
     async def calls() -> None:
-        await _all(interrupted(), asyncio.sleep(5.0))
+        await together(interrupted(), asyncio.sleep(5.0))
 
     async def one_call() -> None:
-        await _all(interrupted())
+        await together(interrupted())
 
     async def itself() -> None:
         raise KeyboardInterrupt
