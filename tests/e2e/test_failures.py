@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 END_WITHIN_S = 25.0
+REQUEUE = 75
 START_WITHIN_S = 240.0
 PROBLEMS = [{"prompt": f"{i} + {i} = ", "label": str(2 * i)} for i in range(40)]
 # by the process that runs it: the graders' memory is their own, so a file says what to do
@@ -150,3 +151,25 @@ def test_problems_that_tell_nothing_cannot_fill_a_batch(
     assert lines[-1].startswith("error: "), command.stderr
     assert "--max-generation-batches" in lines[-1]
     assert "Traceback" not in command.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_run_that_saves_is_asked_to_end_and_requeued(
+    number: signal.Signals, tiny_chat_model: Path, tmp_path: Path, launch: Callable[[list[str]], Any]
+) -> None:
+    arguments = command_line(tiny_chat_model, tmp_path, lr=1e-6, save=tmp_path / "saved")
+    with no_shared_memory_left():
+        command = launch([*arguments, "--auto-resume"])
+        command.wait_for("a finished step", lambda: num_steps(tmp_path) >= 1, START_WITHIN_S)
+        command.process.send_signal(number)
+        assert command.wait(END_WITHIN_S) == REQUEUE, command.stderr
+    num_made = num_steps(tmp_path)
+    assert f"interrupted by {number.name}: the state after step {num_made} is in" in command.stderr
+    assert "Traceback" not in command.stderr
+    assert (tmp_path / "saved" / "latest").read_text().strip() == f"step_{num_made:07d}"
+    if number is not signal.SIGTERM:
+        return
+    command = launch([*arguments, "--auto-resume", "--train-iters", str(num_made + 1)])
+    assert command.wait(START_WITHIN_S) == 0, command.stderr
+    assert "going on from the checkpoint" in command.stderr
+    assert num_steps(tmp_path) == num_made + 1

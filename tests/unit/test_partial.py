@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from fake_rollouts import END, ScriptedEngine, calls_of, make_collector, to_prom
 
 from megatron_fipo.trainer.generation import Response, sampling_seed
 from megatron_fipo.trainer.partial import UnfinishedGroup, begun_group, joined, next_requests
+from megatron_fipo.trainer.recording import group_to_dict
 from megatron_fipo.trainer.sampling import BatchCollector
 from megatron_fipo.types import Completion, GenerateRequest, Problem, SamplingSettings
 
@@ -189,6 +191,35 @@ def test_a_resumed_run_goes_on_bit_for_bit_with_unfinished_groups() -> None:
                 assert a.token_versions.tobytes() == b.token_versions.tobytes()
                 assert (b.loss_mask.dtype, b.token_versions.dtype) == (np.bool_, np.int64)
     assert json.dumps(collector.state_dict()) == json.dumps(resumed.state_dict())
+
+
+@pytest.mark.parametrize("call", [1, 2])  # of the engines, within the step: it breaks off there
+def test_a_step_that_is_abandoned_and_made_again_is_the_step_that_would_have_been(call: int) -> None:
+    undisturbed, collector = partial_collector(), partial_collector()
+    for one in (undisturbed, collector):
+        collected(one, 1)
+    position, calls = collector.position(), 0
+    generate = collector.generate
+
+    def interrupted(requests: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise KeyboardInterrupt
+        return generate(requests)
+
+    collector.generate = interrupted
+    assert isinstance(generate, ScriptedEngine)
+    generate.weight_version = 1
+    with contextlib.suppress(KeyboardInterrupt):
+        collector.collect(2)
+    assert calls >= 1
+    collector.go_back(position)
+    collector.generate = generate
+    for step in (2, 3):
+        wanted, found = collected(undisturbed, step), collected(collector, step)
+        assert [group_to_dict(group) for group in found[0]] == [group_to_dict(group) for group in wanted[0]]
+    assert json.dumps(collector.state_dict()) == json.dumps(undisturbed.state_dict())
 
 
 def test_the_batch_is_full_and_in_prompt_order_and_few_groups_wait() -> None:
