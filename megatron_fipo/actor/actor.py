@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_fipo.actor import pipeline
 from megatron_fipo.actor.model import build_policy, gather_parameters, transformer_config
 from megatron_fipo.actor.optimizer import build_optimizer, build_scheduler
+from megatron_fipo.actor.owned_tensors import require_on_device
 from megatron_fipo.actor.reference import ReferenceWeights, copy_weights, weights_lent
 from megatron_fipo.actor.setup import Groups
 from megatron_fipo.actor.weights import WeightTable, export_weights, load_hf_weights, weight_table
@@ -59,6 +60,7 @@ class Actor:
         last pipeline stage: per sequence, in order, [L] fp32, 0 where the loss mask is False; else two empty lists.
         Context-parallel ranks exchange their shares, so that each has whole sequences.
         """
+        require_on_device(self.chunks)
         batches: list[PackedBatch] = []
         first_of: list[int] = []  # per micro-batch: how many sequences the mini-batches before its own hold
         num_before = 0
@@ -111,6 +113,7 @@ class Actor:
         `skipped` 1.0, `skipped_for_loss` and `skipped_for_gradient` (1.0 for which of them it was) and `lr`. Otherwise
         `skipped` is 0.0 among them.
         """
+        require_on_device(self.chunks, self.optimizer)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         is_last = self.layout.is_last_stage
         assert not (is_last and correction.kl_coef and not reference_logprobs), "a KL term, but no reference log-probs"

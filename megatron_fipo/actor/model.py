@@ -18,6 +18,7 @@ from megatron_fipo.actor.local_spec import Pack, PackedAttention, local_block_sp
 from megatron_fipo.actor.logprob_head import LogprobHead, model_takes_output_processor, policy_output
 from megatron_fipo.actor.megatron_flags import checked_config
 from megatron_fipo.actor.moe_layers import ROUTER_FIELDS
+from megatron_fipo.actor.owned_tensors import require_on_device
 from megatron_fipo.parallel import ParallelLayout
 from megatron_fipo.types import PackedBatch
 from megatron_fipo.weights.architecture import Architecture, to_gpt_model_fields, to_transformer_fields
@@ -169,7 +170,11 @@ def build_policy(
 
 def gather_parameters(chunks: Sequence[DistributedDataParallel]) -> None:
     """Before anything but a forward pass reads parameters: with `overlap_param_gather` an optimizer step leaves every
-    rank its own shard new and the others' old, until the next forward pass or this. Collective over all ranks."""
+    rank its own shard new and the others' old, until the next forward pass or this. Collective over all ranks.
+
+    Raises ActorAway when the parameters are not on the device.
+    """
+    require_on_device(chunks)
     for chunk in chunks:
         if chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
