@@ -1,0 +1,232 @@
+"""Engines of a pool that fail in updates, are started again, and serve no sooner than they have the weights."""
+
+from __future__ import annotations
+
+import pytest
+from fake_engines import FakeEngine, assert_answered, make_pool, requests_for, update
+
+from megatron_fipo.rollout.engine import EngineError, NoEngineLeft
+from megatron_fipo.rollout.pool import EnginePool
+
+
+def test_an_engine_started_again_serves_after_the_next_update_and_not_before() -> None:
+    engines = [FakeEngine("e0"), FakeEngine("e1", faults=[("generate", "broke")])]
+    pool, said = make_pool(*engines)
+    requests = requests_for(4)
+    assert_answered(pool.generate(requests), requests)
+    assert pool.restart_failed() == ["e1"]
+    assert pool.failed == {}
+    assert_answered(pool.generate(requests), requests)
+    assert len(engines[1].shares) == 1
+    update(pool, 1)
+    assert engines[1].calls == ["generate", "shutdown", "restart", "ready", "begin", "push", "end"]
+    assert_answered(pool.generate(requests), requests, version=1)
+    assert len(engines[1].shares) == 2
+    assert said[1:] == ["engine e1 is started again (1 of 2)", "engine e1 serves again, with weight version 1"]
+    assert pool.restart_failed() == []
+
+
+def test_restarts_are_counted_until_the_engine_answers() -> None:
+    engines = [FakeEngine("e0"), FakeEngine("e1", faults=[("generate", "broke")])]
+    pool, _ = make_pool(*engines, max_restarts=2)
+    requests = requests_for(4)
+    pool.generate(requests)
+    for version in (1, 2, 3):
+        assert pool.restart_failed() == ["e1"]
+        update(pool, version)
+        assert_answered(pool.generate(requests), requests, version)  # it answers, and the count begins anew
+        engines[1].faults = [("generate", "broke")]
+        assert_answered(pool.generate(requests), requests, version)
+    for version in (4, 5):
+        engines[1].faults = [("generate", "broke")]
+        assert pool.restart_failed() == ["e1"]
+        update(pool, version)
+        assert_answered(pool.generate(requests), requests, version)
+    assert pool.restart_failed() == []
+    update(pool, 6)
+    assert_answered(pool.generate(requests), requests, 6)
+    assert list(pool.failed) == ["e1"]
+
+
+@pytest.mark.parametrize("moment", ["begin", "push", "end"])
+@pytest.mark.parametrize("how", ["ended", "hang"])
+def test_an_engine_that_fails_in_an_update_is_set_aside(moment: str, how: str) -> None:
+    engines = [FakeEngine("e0", faults=[(moment, how)]), FakeEngine("e1")]
+    pool, said = make_pool(*engines)
+    update(pool, 1)
+    assert list(pool.failed) == ["e0"]
+    assert "shutdown" in engines[0].calls
+    requests = requests_for(3)
+    assert_answered(pool.generate(requests), requests, 1)
+    assert engines[0].shares == []
+    assert pool.restart_failed() == ["e0"]
+    update(pool, 2)
+    assert_answered(pool.generate(requests), requests, 2)
+    assert len(engines[0].shares) == 1
+    assert len(said) == 3
+
+
+@pytest.mark.parametrize("moment", ["push", "end"])
+def test_an_update_that_every_engine_fails_may_be_begun_anew(moment: str) -> None:
+    engines = [FakeEngine(name, faults=[(moment, "ended")]) for name in ("e0", "e1")]
+    pool, _ = make_pool(*engines)
+    with pytest.raises(
+        EngineError, match="every engine failed in a weight update\n    engine e0 ended\n    engine e1"
+    ) as caught:
+        update(pool, 1)
+    assert not isinstance(caught.value, NoEngineLeft)
+    assert pool.weight_version == 0
+    assert pool.restart_failed() == ["e0", "e1"]
+    update(pool, 1)
+    requests = requests_for(3)
+    assert_answered(pool.generate(requests), requests, 1)
+
+
+def test_engines_that_all_fail_to_open_an_update_are_started_again_until_given_up() -> None:
+    pool, _ = make_pool(FakeEngine("e0", faults=[("begin", "ended"), ("ready", "fell over")]))
+    update(pool, 1)
+    assert_answered(pool.generate(requests_for(2)), requests_for(2), 1)
+    engine = FakeEngine("e0", faults=[("begin", "ended"), ("ready", "fell over"), ("ready", "fell again")])
+    pool, _ = make_pool(engine)
+    with pytest.raises(NoEngineLeft, match=r"engine e0 fell again \(started again 2 times\)"):
+        update(pool, 1)
+
+
+def test_when_none_is_left_in_the_middle_of_a_batch_they_are_revived_and_the_answers_kept() -> None:
+    engines = [FakeEngine("e0"), FakeEngine("e1", faults=[("generate", "hang")])]
+    pool, said = make_pool(*engines)
+    update(pool, 7)
+    engines[0].faults = [("generate", lambda completions: completions), ("generate", "broke")]
+    revived = []
+
+    def revive() -> None:
+        revived.append(pool.restart_failed())
+        update(pool, 7)
+
+    pool.revive = revive
+    requests = requests_for(5)
+    assert_answered(pool.generate(requests), requests, 7)
+    assert revived == [["e0", "e1"]]
+    answered_first = engines[0].shares[0]
+    later = [uid for engine in engines for share in engine.shares[1:] for uid in share]
+    assert not set(answered_first) & set(later)  # what had been answered was not asked again
+    assert [sorted(share) for share in engines[0].shares[1:2]] == [sorted(engines[1].shares[0])]
+    assert any("no engine is left" in line for line in said)
+
+
+def test_reviving_ends_with_the_restarts() -> None:
+    engine = FakeEngine("e0", faults=[("generate", "broke")] * 9)
+    pool, _ = make_pool(engine, max_restarts=2, max_retries=9)
+
+    def revive() -> None:
+        pool.restart_failed()
+        update(pool, 0)
+
+    pool.revive = revive
+    with pytest.raises(NoEngineLeft, match=r"engine e0 broke \(started again 2 times\)"):
+        pool.generate(requests_for(1))
+    assert engine.calls.count("restart") == 2
+
+
+def test_a_revival_that_every_engine_fails_is_tried_again() -> None:
+    engine = FakeEngine("e0", faults=[("generate", "broke"), ("push", "broke too")])
+    pool, said = make_pool(engine)
+
+    def revive() -> None:
+        pool.restart_failed()
+        update(pool, 0)
+
+    pool.revive = revive
+    assert_answered(pool.generate(requests_for(2)), requests_for(2))
+    assert any("every engine failed in a weight update" in line for line in said)
+
+
+def test_reviving_with_other_weights_is_refused() -> None:
+    pool, _ = make_pool(FakeEngine("e0", faults=[("generate", "broke")]))
+
+    def revive() -> None:
+        pool.restart_failed()
+        update(pool, 1)
+
+    pool.revive = revive
+    with pytest.raises(AssertionError, match="revived with weight version 1, not 0"):
+        pool.generate(requests_for(1))
+
+
+def test_engines_that_do_not_start_are_set_aside_and_none_at_all_is_an_error() -> None:
+    pool, said = make_pool(FakeEngine("e0", faults=[("ready", "ended with exit status 1")]), FakeEngine("e1"))
+    pool.wait_ready()
+    assert list(pool.failed) == ["e0"]
+    assert len(said) == 1
+    requests = requests_for(3)
+    assert_answered(pool.generate(requests), requests)
+    with pytest.raises(
+        NoEngineLeft, match="no engine is left after starting up\n    engine e0 ended with exit status 1"
+    ):
+        make_pool(FakeEngine("e0", faults=[("ready", "ended with exit status 1")]))[0].wait_ready()
+
+
+def test_a_dead_engine_is_found_by_looking() -> None:
+    engines = [FakeEngine("e0"), FakeEngine("e1", faults=[("alive", "ended")])]
+    pool, _ = make_pool(*engines)
+    pool.check_alive()
+    assert list(pool.failed) == ["e1"]
+
+
+def test_an_engine_that_cannot_be_started_again_is_tried_as_often_as_allowed() -> None:
+    engine = FakeEngine("e1", faults=[("generate", "broke"), ("restart", "fails")])
+    pool, said = make_pool(FakeEngine("e0"), engine)
+    pool.generate(requests_for(3))
+    assert [pool.restart_failed() for _ in range(3)] == [[], [], []]
+    assert engine.calls.count("restart") == 2
+    assert pool.failed == {"e1": "engine e1 could not be started again: engine e1 cannot be started"}
+    assert said[1:] == [
+        f"warning: engine e1 could not be started again: engine e1 cannot be started (attempt {n} of 2)" for n in (1, 2)
+    ]
+
+
+def test_memory_is_resumed_only_where_it_was_released() -> None:
+    engines = [FakeEngine("e0"), FakeEngine("e1", faults=[("generate", "broke")])]
+    pool, _ = make_pool(*engines)
+    pool.generate(requests_for(3))
+    pool.release_memory(["weights", "kv_cache"])
+    pool.restart_failed()
+    pool.resume_memory(["weights"])
+    update(pool, 1)
+    pool.resume_memory(["kv_cache"])
+    pool.release_memory(["kv_cache"])
+    pool.release_memory(["weights", "kv_cache"])
+    memory = [[call for call in engine.calls if call.startswith("re") and " " in call] for engine in engines]
+    assert memory == [
+        ["release weights+kv_cache", "resume weights", "resume kv_cache", "release kv_cache", "release weights"],
+        ["release kv_cache", "release weights"],
+    ]
+
+
+def test_checksums_come_by_engine() -> None:
+    pool, _ = make_pool(FakeEngine("e0"), FakeEngine("e1"), FakeEngine("e2", faults=[("checksums", "broke")]))
+    assert pool.weight_checksums() == {"e0": [{"weight": "e0"}], "e1": [{"weight": "e1"}]}
+
+
+def test_leaving_the_pool_shuts_all_engines_down() -> None:
+    engines = [FakeEngine("e0"), FakeEngine("e1")]
+    with pytest.raises(RuntimeError, match="stop here"), EnginePool(engines):
+        raise RuntimeError("stop here")
+    assert [engine.calls for engine in engines] == [["shutdown"], ["shutdown"]]
+
+
+def test_an_engine_that_does_not_end_leaves_no_other_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    engines = [FakeEngine("e0"), FakeEngine("stuck", faults=[("generate", "broke")]), FakeEngine("e2")]
+
+    def outlive() -> None:
+        raise TimeoutError("outlived SIGKILL")
+
+    monkeypatch.setattr(engines[1], "shutdown", outlive)
+    pool, said = make_pool(*engines)
+    requests = requests_for(3)
+    assert_answered(pool.generate(requests), requests)
+    assert said[1] == "warning: engine stuck could not be ended: outlived SIGKILL"
+    assert pool.restart_failed() == []  # it still has its devices
+    with pytest.raises(TimeoutError, match="outlived SIGKILL"):
+        pool.shutdown()
+    assert [engine.alive for engine in engines] == [False, True, False]
