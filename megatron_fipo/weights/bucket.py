@@ -1,23 +1,28 @@
 """Flat buckets of named tensors on their way into an engine: shared memory on CPU, CUDA IPC on a GPU.
 
-The wire format is SGLang's `flattened_bucket`: a pickled dict of one uint8 tensor and a list of where each named tensor
-lies in it. It is written here without importing sglang, which would patch transformers in the trainer's process.
+A bucket travels as what SGLang calls named tensors: a pickled list of one pair, a header in JSON and the bytes, which
+rollout/weight_loader.py takes apart inside the engine. It is written here without importing sglang, which would patch
+transformers in the trainer's process.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+import json
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
-from types import SimpleNamespace
 
 import torch
-import torch.multiprocessing
 from torch import Tensor
+
+from megatron_fipo.weights.buffers import BucketBuffers, shared_by_file_name
+from megatron_fipo.weights.checksum import RunningChecksum, checksum
+
+ENGINE_LOADER = "megatron_fipo.rollout.weight_loader.load_bucket"
+"""The function that opens a bucket in the engine: SGLang's `custom_weight_loader`, and `load_format` of an update."""
 
 _ALIGNMENT_BYTES = 64  # a tensor's view must start at a multiple of its element size; 64 suits every dtype
 
@@ -35,33 +40,74 @@ class BucketEntry:
 
 @dataclass(frozen=True, eq=False)
 class WeightBucket:
-    """Tensors copied end to end into one buffer of their own. The memory is freed with the last reference to it, here
-    or in an engine, so a bucket must be kept until every engine has answered, and is never written to again."""
+    """Tensors copied end to end into one buffer. The memory is freed, or written anew for another bucket, once nothing
+    here refers to it: a bucket must be kept until every engine has answered, and does not change as long as it, or a
+    view of it, is kept. An engine that reads it later all the same finds another checksum."""
 
     flat: Tensor  # [size_bytes] uint8
     entries: tuple[BucketEntry, ...]
+    checksum: int  # of the bytes, the names and the places
+    home: Tensor | None = None  # the shared memory that `flat` is a window on, where it is one
 
     @property
     def size_bytes(self) -> int:
         return self.flat.numel()
 
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, view of the buffer) of every tensor."""
+        for entry in self.entries:
+            yield entry.name, self._view(entry)
+
+    def verified_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """`tensors`, reading every byte for the checksum shortly before it is handed out. Raises ValueError after the
+        last tensor if the checksum is not the bucket's: what was handed out is then not what was sent."""
+        running = RunningChecksum(self.flat)
+        for entry in self.entries:
+            running.advance_past(entry.end)
+            yield entry.name, self._view(entry)
+        self._compare(running.finish(_label(self.entries)))
+
+    def verify(self) -> None:
+        """ValueError if the bytes, names or places are not those the checksum was made of."""
+        self._compare(checksum(self.flat, _label(self.entries)))
+
     def handle(self) -> str:
         """A new handle for one receiving process (a handle can be opened once), in base64."""
-        metadata = [
-            SimpleNamespace(
-                name=entry.name,
-                shape=torch.Size(entry.shape),
-                dtype=entry.dtype,
-                start_idx=entry.start,
-                end_idx=entry.end,
-                numel=entry.end - entry.start,
-            )
-            for entry in self.entries
-        ]
         buffer = io.BytesIO()
-        with _shared_by_file_name():
-            ForkingPickler(buffer).dump({"flattened_tensor": self.flat, "metadata": metadata})
+        with shared_by_file_name():
+            ForkingPickler(buffer).dump([(self.header(), self.flat if self.home is None else self.home)])
         return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+    def header(self) -> str:
+        """Names, shapes, dtypes, places and checksum as JSON."""
+        return json.dumps({"checksum": f"{self.checksum:016x}", "entries": _plain(self.entries)})
+
+    def _view(self, entry: BucketEntry) -> Tensor:
+        return self.flat[entry.start : entry.end].view(entry.dtype).view(entry.shape)
+
+    def _compare(self, found: int) -> None:
+        if found != self.checksum:
+            names = f"{self.entries[0].name} .. {self.entries[-1].name}"
+            raise ValueError(f"weight bucket refused: its checksum is {found:016x}, not {self.checksum:016x} ({names})")
+
+
+def received_bucket(header: str, flat: Tensor) -> WeightBucket:
+    """The bucket that arrived as `header` and `flat`, its checksum yet to be verified. ValueError if it is cut short or
+    the header is not one."""
+    try:
+        found = json.loads(header)
+        entries = tuple(
+            BucketEntry(str(name), tuple(map(int, shape)), _DTYPES[dtype], int(start), int(end))
+            for name, shape, dtype, start, end in found["entries"]
+        )
+        bucket = WeightBucket(flat, entries, int(found["checksum"], 16))
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"weight bucket refused: its header is not one ({error!r}): {header[:200]}") from None
+    for entry in entries:
+        size = math.prod(entry.shape) * entry.dtype.itemsize
+        if not 0 <= entry.start < entry.end <= flat.numel() or entry.end - entry.start != size:
+            raise ValueError(f"weight bucket refused: {entry} does not lie in its {flat.numel()} bytes")
+    return bucket
 
 
 def make_buckets(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[WeightBucket]:
@@ -81,7 +127,7 @@ def make_buckets(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> It
         if tensor.numel() == 0:
             raise ValueError(f"the weight {name} is empty: shape {tuple(tensor.shape)}")
         seen.add(name)
-        size = _aligned(tensor.numel() * tensor.element_size())
+        size = aligned_bytes(tensor.nbytes)
         if pending and pending_bytes + size > bucket_bytes:
             yield _fill_bucket(pending)
             pending, pending_bytes = [], 0
@@ -91,42 +137,80 @@ def make_buckets(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> It
         yield _fill_bucket(pending)
 
 
+class BucketWriter:
+    """A new bucket that is filled in place: `view(i)` is where the i-th tensor is written; then `written(i)`, in order.
+
+    `tensors` are (name, shape, dtype). A bucket of up to `capacity_bytes` may use memory of `buffers` again.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[tuple[str, tuple[int, ...], torch.dtype]],
+        device: torch.device,
+        buffers: BucketBuffers,
+        *,
+        capacity_bytes: int = 0,
+    ) -> None:
+        entries: list[BucketEntry] = []
+        end = 0
+        for name, shape, dtype in tensors:
+            start = aligned_bytes(end)
+            end = start + math.prod(shape) * dtype.itemsize
+            entries.append(BucketEntry(name, shape, dtype, start, end))
+        self._entries = tuple(entries)
+        self._flat, self._home = buffers.take(aligned_bytes(end), capacity_bytes, device)
+        self._running = RunningChecksum(self._flat)
+        self._num_written = 0
+
+    def view(self, index: int) -> Tensor:
+        entry = self._entries[index]
+        return self._flat[entry.start : entry.end].view(entry.dtype).view(entry.shape)
+
+    def written(self, index: int) -> None:
+        """The tensor is there, and may not change any more."""
+        assert index == self._num_written, (index, self._num_written)
+        self._num_written += 1
+        end = self._entries[index].end
+        if end % _ALIGNMENT_BYTES:
+            self._flat[end : aligned_bytes(end)].zero_()
+        self._running.advance(end)
+
+    def finish(self) -> WeightBucket:
+        assert self._num_written == len(self._entries), (self._num_written, len(self._entries))
+        return WeightBucket(self._flat, self._entries, self._running.finish(_label(self._entries)), self._home)
+
+
+def aligned_bytes(size_bytes: int) -> int:
+    """What a tensor of `size_bytes` takes up in a bucket."""
+    return math.ceil(size_bytes / _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+
+
 def _fill_bucket(tensors: list[tuple[str, Tensor]]) -> WeightBucket:
     device = tensors[0][1].device
-    entries: list[BucketEntry] = []
-    end = 0
     for name, tensor in tensors:
         if tensor.device != device:
             raise ValueError(f"the weight {name} is on {tensor.device}, others of its bucket on {device}")
-        start = _aligned(end)
-        end = start + tensor.numel() * tensor.element_size()
-        entries.append(BucketEntry(name, tuple(tensor.shape), tensor.dtype, start, end))
-    flat = _new_buffer(end, device)
-    for entry, (_, tensor) in zip(entries, tensors, strict=True):
-        flat[entry.start : entry.end].view(entry.dtype).view(entry.shape).copy_(tensor.detach())
-    return WeightBucket(flat, tuple(entries))
+    writer = BucketWriter(
+        [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors], device, BucketBuffers()
+    )
+    for index, (_, tensor) in enumerate(tensors):
+        writer.view(index).copy_(tensor.detach())
+        writer.written(index)
+    return writer.finish()
 
 
-def _new_buffer(size_bytes: int, device: torch.device) -> Tensor:
-    """An uninitialised [size_bytes] uint8 tensor that another process can open."""
-    if device.type != "cpu":
-        return torch.empty(size_bytes, dtype=torch.uint8, device=device)
-    with _shared_by_file_name():
-        storage = torch.UntypedStorage._new_shared(size_bytes)
-    return torch.tensor([], dtype=torch.uint8).set_(storage, 0, (size_bytes,), (1,))
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
+}
 
 
-@contextmanager
-def _shared_by_file_name() -> Iterator[None]:
-    """torch's file_system sharing: a handle is a name, which a process outside the trainer's family can open. torch
-    removes the file when its last user, in whatever process, lets go or dies."""
-    before = torch.multiprocessing.get_sharing_strategy()
-    torch.multiprocessing.set_sharing_strategy("file_system")
-    try:
-        yield
-    finally:
-        torch.multiprocessing.set_sharing_strategy(before)
+def _plain(entries: tuple[BucketEntry, ...]) -> list[list[object]]:
+    return [
+        [entry.name, list(entry.shape), str(entry.dtype).removeprefix("torch."), entry.start, entry.end]
+        for entry in entries
+    ]
 
 
-def _aligned(size_bytes: int) -> int:
-    return math.ceil(size_bytes / _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+def _label(entries: tuple[BucketEntry, ...]) -> bytes:
+    return json.dumps(_plain(entries)).encode()

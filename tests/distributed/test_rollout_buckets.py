@@ -12,18 +12,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_fipo.weights.bucket import WeightBucket, make_buckets
+from megatron_fipo.weights.bucket import BucketWriter, WeightBucket, make_buckets
+from megatron_fipo.weights.buffers import BucketBuffers
 
 # A process that knows nothing of ours opens a handle, prints what it finds and writes nothing.
 RECEIVER = """
-import base64, pickle, sys
+import base64, json, pickle, sys
 import torch
-received = pickle.loads(base64.b64decode(sys.stdin.read()))
-flat = received["flattened_tensor"]
-for meta in received["metadata"]:
-    tensor = flat[meta.start_idx : meta.end_idx].view(meta.dtype).reshape(meta.shape)
-    print(meta.name, tuple(tensor.shape), str(tensor.dtype), float(tensor.double().sum()), meta.numel)
-del tensor, flat, received
+((header, flat),) = pickle.loads(base64.b64decode(sys.stdin.read()))
+for name, shape, dtype, start, end in json.loads(header)["entries"]:
+    tensor = flat[start:end].view(getattr(torch, dtype)).reshape(shape)
+    print(name, tuple(tensor.shape), str(tensor.dtype), float(tensor.double().sum()), end - start)
+del tensor, flat
 """
 
 
@@ -40,11 +40,7 @@ def some_tensors() -> list[tuple[str, Tensor]]:
 
 
 def contents(buckets: list[WeightBucket]) -> dict[str, Tensor]:
-    return {
-        entry.name: bucket.flat[entry.start : entry.end].view(entry.dtype).view(entry.shape)
-        for bucket in buckets
-        for entry in bucket.entries
-    }
+    return {name: tensor for bucket in buckets for name, tensor in bucket.tensors()}
 
 
 @pytest.mark.parametrize("bucket_bytes", [1, 100, 256, 5000, 1 << 20])
@@ -112,3 +108,38 @@ def test_another_process_opens_every_handle_and_the_memory_is_freed() -> None:
 
 def segments() -> list[str]:
     return [name for name in os.listdir("/dev/shm") if name.startswith(f"torch_{os.getpid()}_")]
+
+
+def test_memory_is_written_again_only_when_nothing_refers_to_it() -> None:
+    buffers, cpu = BucketBuffers(), torch.device("cpu")
+
+    def bucket(value: float) -> WeightBucket:
+        writer = BucketWriter([("w", (50,), torch.float32)], cpu, buffers, capacity_bytes=1024)
+        writer.view(0).fill_(value)
+        writer.written(0)
+        return writer.finish()
+
+    first = bucket(1.0)
+    address = first.flat.data_ptr()
+    view = dict(first.tensors())["w"]
+    del first
+    second = bucket(2.0)
+    assert second.flat.data_ptr() != address  # a view of the first is still about
+    assert torch.equal(view, torch.ones(50))
+    del view
+    third = bucket(3.0)
+    assert third.flat.data_ptr() == address
+    for kept, value in ((second, 2.0), (third, 3.0)):
+        kept.verify()
+        assert torch.equal(dict(kept.tensors())["w"], torch.full((50,), value))
+
+
+def test_a_handle_opens_the_window_of_a_larger_buffer() -> None:
+    writer = BucketWriter([("w", (3,), torch.float32)], torch.device("cpu"), BucketBuffers(), capacity_bytes=1 << 16)
+    writer.view(0).copy_(torch.tensor([1.0, 2.0, 4.0]))
+    writer.written(0)
+    bucket = writer.finish()
+    answer = subprocess.run(
+        [sys.executable, "-c", RECEIVER], input=bucket.handle(), capture_output=True, text=True, check=True
+    )
+    assert answer.stdout.splitlines() == ["w (3,) torch.float32 7.0 12"]

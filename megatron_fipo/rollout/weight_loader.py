@@ -1,0 +1,29 @@
+"""Runs inside the engine: takes a bucket apart, loads its tensors, and refuses it when its checksum is another.
+
+SGLang imports this module in every scheduler process (its server argument `custom_weight_loader`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from megatron_fipo.weights.bucket import received_bucket
+
+
+def load_bucket(model: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Load each (header, bytes) of `named_tensors` into SGLang's `model`, which takes its own shard of every tensor.
+
+    The checksum is made of the bytes as they are loaded, and reading it waits for the device: when this returns the
+    trainer may drop the bucket. Raises ValueError when a bucket is not what was sent. Some of it is then loaded, and
+    SGLang has no answer for it but to end the engine: the message stands at the end of the engine's log.
+    """
+    for header, flat in named_tensors:
+        bucket = received_bucket(header, flat)
+        tensors = bucket.verified_tensors()
+        model.load_weights(tensors)
+        left = [name for name, _ in tensors]  # a generator that was not exhausted has verified nothing
+        if left:
+            raise ValueError(f"weight bucket refused: SGLang's {type(model).__name__} did not take {left[0]}")
