@@ -129,7 +129,7 @@ def run_command_on_ranks(
                         stdout=stdout,
                         stderr=stderr,
                         cwd=directory,
-                        env=_rank_environment(rank, num_ranks, store.port, env),
+                        env=rank_environment(rank, num_ranks, store.port, env),
                         start_new_session=True,
                     )
                 )
@@ -163,7 +163,8 @@ def _logs(directory: Path, rank: int) -> tuple[Path, Path]:
     return Path(directory) / f"stdout-{rank}.log", Path(directory) / f"stderr-{rank}.log"
 
 
-def _rank_environment(rank: int, num_ranks: int, port: int, extra: Mapping[str, str] | None) -> dict[str, str]:
+def rank_environment(rank: int, num_ranks: int, port: int, extra: Mapping[str, str] | None) -> dict[str, str]:
+    """The environment of one rank of a job whose store is served at `port`, as torchrun sets it; `extra` wins."""
     path = [str(TESTS), *(str(folder) for folder in sorted(TESTS.iterdir()) if folder.is_dir()), str(REPO_ROOT)]
     return {
         **os.environ,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 MARK = "FAULT_TEST"  # in the environment of every process that a test starts, and of theirs
 SHARED_MEMORY = Path("/dev/shm")
+FORKED_SESSIONS: set[int] = set()  # leaders of sessions whose processes were forked, so that they carry another mark
 ON_THEIR_WAY_OUT_S = 10.0  # torch_shm_manager waits 2 s for new clients when its last one is gone
 
 
@@ -29,11 +30,12 @@ def nothing_left_behind(name: str) -> Iterator[None]:
         else:
             os.environ[MARK] = before
         deadline = time.monotonic() + ON_THEIR_WAY_OUT_S
-        while (left := marked(mark)) and time.monotonic() < deadline:
+        while (left := marked(mark) | of_forked_sessions()) and time.monotonic() < deadline:
             time.sleep(0.05)
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        FORKED_SESSIONS.clear()
         while (unused := unused_segments(segments)) and time.monotonic() < deadline:
             time.sleep(0.2)  # another program's may lie unmapped for a moment
     assert not left, f"left running: {left}"
@@ -47,6 +49,17 @@ def marked(mark: str) -> dict[int, str]:
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return found
+
+
+def of_forked_sessions() -> dict[int, str]:
+    """Ids of the living processes in one of FORKED_SESSIONS, with their command lines."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*") if FORKED_SESSIONS else ():
+        with contextlib.suppress(OSError):
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[3]) in FORKED_SESSIONS and fields[0] != "Z":
                 found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     return found
 
