@@ -22,6 +22,8 @@ from megatron_fipo.types import PackedBatch
 
 Culprit = Literal["loss", "gradient"]
 
+LARGEST_GRAD_NORM = 2.0**63  # Adam squares gradients: beyond it the square is no fp32 number, and would stay infinite
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -78,8 +80,9 @@ def update(
     """One optimizer step over this rank's share of a mini-batch.
 
     The loss is a local sum; Megatron divides the gradients once by the count summed over micro-batches and the
-    data- and context-parallel axes. When the loss or the gradient of any rank is not finite, no rank makes the step:
-    parameters and optimizer keep every bit. Collective over `control` (all ranks).
+    data- and context-parallel axes. When the loss or the gradient of any rank is not finite, or the gradient's norm is
+    beyond LARGEST_GRAD_NORM, no rank makes the step: parameters and optimizer keep every bit. Collective over `control`
+    (all ranks).
     """
     for chunk in chunks:
         chunk.zero_grad_buffer()
@@ -93,7 +96,7 @@ def update(
         return UpdateOutcome(token_stats, float("nan"), "loss")
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
-    if not _agreed(grad_norm < float("inf"), control):
+    if not _agreed(grad_norm <= LARGEST_GRAD_NORM, control):
         return UpdateOutcome(token_stats, grad_norm, "gradient")
     succeeded, *_ = optimizer.step()
     assert succeeded, "an fp32 or bf16 step is never skipped"

@@ -28,11 +28,21 @@ def make_train_sequences(groups: Sequence[Group], *, older_tokens: PartialTokens
 
 
 def advantages_of(group: Group) -> np.ndarray:
-    """[G] float64: group advantages over the graded samples' rewards; 0 for the others, and for one graded alone."""
+    """[G] float64: group advantages over the graded samples' rewards; 0 for the others, and for one graded alone.
+
+    Raises ValueError naming the problem when a reward is not finite, or so large that the spread is not.
+    """
     graded = np.array([isinstance(sample.result, RewardResult) for sample in group.samples], dtype=bool)
     advantages = np.zeros(len(graded))
     if graded.sum() >= 2:
         rewards = np.array([sample.reward for sample in group.samples], dtype=np.float64)
+        with np.errstate(over="ignore", invalid="ignore"):
+            spread = float(rewards[graded].std(ddof=1))
+        if not np.isfinite(spread):
+            raise ValueError(
+                f"the rewards of problem {group.prompt.problem.uid} are {rewards[graded].tolist()}, but must be finite "
+                "and have a finite spread"
+            )
         advantages[graded] = group_advantages(rewards[graded])
     return advantages
 
@@ -104,6 +114,12 @@ def _train_sequence(prompt: Prompt, sample: Sample, advantage: float, older_toke
     loss_mask[predicting] = _trained_on(sample, older_tokens)
     rollout_logprobs = np.zeros(loss_mask.shape, dtype=np.float32)
     rollout_logprobs[predicting] = sample.rollout_logprobs
+    bad = np.flatnonzero(loss_mask & ~np.isfinite(rollout_logprobs))
+    if len(bad):
+        raise ValueError(
+            f"sample {sample.uid}: the engine's log-prob of token {bad[0] - num_prompt + 1} of the response is "
+            f"{rollout_logprobs[bad[0]]}, but must be finite"
+        )
     token_versions = np.full(loss_mask.shape, -1, dtype=np.int64)
     token_versions[predicting] = sample.token_versions
     return TrainSequence(
