@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
@@ -21,6 +22,21 @@ class EngineError(RuntimeError):
 
 class NoEngineLeft(EngineError):
     """Every engine failed, and none may be started again. Names each with what it failed of."""
+
+
+@dataclass(frozen=True)
+class EngineAddress:
+    """How to reach an engine, from its own machine or another: plain data, to be sent to whoever drives it."""
+
+    name: str
+    url: str  # http://ADDRESS:PORT
+    api_key: str
+    tp_size: int
+    seeded: bool  # it draws with the requests' seeds
+    prefix_cache: bool
+    update_backend: Literal["gloo", "nccl"] | None  # weights come by broadcast over it; None: through shared memory
+    start_timeout_s: float
+    request_timeout_s: float
 
 
 class Engine(Protocol):

@@ -12,10 +12,14 @@ import logging
 import os
 import select
 import signal
+import socket
 import sys
 import threading
 import time
 from typing import Any
+
+from megatron_fipo.rollout.interface import LOOPBACK
+from megatron_fipo.rollout.request_filter import RequestFilter
 
 _PARENT_POLL_INTERVAL_S = 0.5
 
@@ -42,17 +46,37 @@ def serve(server_args: dict[str, Any], *, use_cpu: bool) -> None:
     from sglang.srt.server_args import ServerArgs
 
     load_plugins()
+    http_server.app.add_middleware(RequestFilter)
+    store = _serve_rendezvous()  # held while this process serves
     if use_cpu:
         http_server.launch_server(ServerArgs(**server_args), execute_warmup_func=_declare_up)
     else:
         http_server.launch_server(ServerArgs(**server_args))
+    del store
+
+
+def _serve_rendezvous() -> Any:
+    """A store on loopback, at which this engine's ranks meet. They would serve one on every address of the machine.
+
+    torch's ranks join a store that is already served where TORCHELASTIC_USE_AGENT_STORE says so; SGLang takes its
+    address from SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE. All children of this process inherit both.
+    """
+    from torch.distributed import TCPStore
+
+    with socket.socket() as listener:
+        listener.bind((LOOPBACK, 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        store = TCPStore(LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.fileno())
+        listener.detach()  # it is the store's now
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"tcp://{LOOPBACK}:{port}"
+    return store
 
 
 def _declare_up(server_args: Any) -> bool:
     """In place of SGLang's warm-up, which generates: a CPU has nothing to warm up. Waits for the port, because SGLang
     calls its own HTTP interface next."""
-    import socket
-
     from sglang.srt.entrypoints import http_server
     from sglang.srt.managers.tokenizer_manager import ServerStatus
 

@@ -1,45 +1,29 @@
-"""Start an engine: SGLang's arguments, the environment, the process."""
+"""Start engines: SGLang's arguments, which devices, which address."""
 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import json
-import os
-import secrets
-import shutil
-import socket
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_fipo.patches.sglang_cpu.plugin import ASKED_FOR
+from megatron_fipo.rollout.interface import LOOPBACK, listening_address
 from megatron_fipo.rollout.pool import EnginePool
-from megatron_fipo.rollout.sglang_engine import ServerHandle, SGLangEngine
+from megatron_fipo.rollout.server_launch import ServerStart
+from megatron_fipo.rollout.sglang_engine import SGLangEngine
 from megatron_fipo.run_config import EngineSettings
+from megatron_fipo.weights.bucket import ENGINE_LOADER
 
 SPARE_TOKENS = 8  # SGLang keeps 6 of its context to itself
-# What torchrun and srun tell the trainer about its own process group; SGLang would take it for its own.
-_LAUNCHER_VARIABLES = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "GROUP_RANK",
-    "GROUP_WORLD_SIZE",
-    "ROLE_RANK",
-    "ROLE_WORLD_SIZE",
-    "ROLE_NAME",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)
-_LAUNCHER_PREFIXES = ("TORCHELASTIC_", "PET_")
 _OWN_ARGUMENTS = ("host", "port", "api_key", "model_path", "tp_size", "dtype", "context_length", "random_seed")
-_MODEL_PACKAGE = "megatron_fipo.patches.sglang_cpu.models"
-_MODEL_PACKAGE_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+# Each opens a way into the engine that the API key does not guard, or unpickles what a request carries.
+_UNGUARDED_ARGUMENTS = {
+    "enable_custom_logit_processor": "requests may carry no code",
+    "grpc_port": "SGLang's gRPC server asks for no API key",
+    "grpc_mode": "SGLang's gRPC server asks for no API key",
+    "smg_grpc_mode": "SGLang's gRPC server asks for no API key",
+}
 _CPU_CACHE_TOKENS = 65536
 
 
@@ -53,29 +37,47 @@ def start_engines(
     random_seed: int,
     log_dir: str,
     use_cpu: bool,
+    first_gpu: int = 0,
+    first_index: int = 0,
 ) -> EnginePool:
-    """Start `num_engines` engines, each on GPUs of its own, and return at once; `wait_ready` waits for them.
+    """Start `num_engines` engines on this machine and return at once; `wait_ready` waits for them.
 
-    `longest` is the longest prompt and response together, in tokens; engine i writes to engine-i.log in `log_dir`.
-    Raises ValueError as `start_engine`.
+    `longest` is the longest prompt and response together, in tokens. Each engine has `engine.tp_size` GPUs of its own,
+    from `first_gpu` on: 0 where engines share the trainer's, the number of this node's ranks where they do not. They
+    are called engine-`first_index` and so on, and log to files of these names in `log_dir`. They listen on
+    `engine.interface`. Raises ValueError as `start_engine`.
     """
-    return EnginePool(
-        [
+    host = listening_address(engine.interface)
+    disaggregated = engine.placement == "disaggregated"
+    engines = []
+    for index in range(num_engines):
+        gpu_arguments = {
+            "base_gpu_id": first_gpu + index * engine.tp_size,
+            "enable_memory_saver": not disaggregated,  # what lets weights and cache leave the GPU while training
+        }
+        name = f"engine-{first_index + index}"
+        engines.append(
             start_engine(
                 model_dir,
-                name=f"engine-{index}",
+                name=name,
                 dtype=dtype,
                 tp_size=engine.tp_size,
                 context_length=longest + SPARE_TOKENS,
                 random_seed=random_seed,
-                log_path=str(Path(log_dir) / f"engine-{index}.log"),
+                log_path=str(Path(log_dir) / f"{name}.log"),
                 start_timeout_s=engine.start_timeout_s,
                 request_timeout_s=engine.request_timeout_s,
-                server_args={**({} if use_cpu else {"base_gpu_id": index * engine.tp_size}), **engine.server_args},
+                server_args={**({} if use_cpu else gpu_arguments), **engine.server_args},
                 use_cpu=use_cpu,
+                host=host,
+                disaggregated=disaggregated,
             )
-            for index in range(num_engines)
-        ]
+        )
+    return EnginePool(
+        engines,
+        max_retries=engine.max_retries,
+        max_restarts=engine.max_restarts,
+        health_check_interval_s=engine.health_check_interval_s,
     )
 
 
@@ -92,26 +94,22 @@ def start_engine(
     request_timeout_s: float,
     server_args: Mapping[str, Any],
     use_cpu: bool,
+    host: str = LOOPBACK,
+    disaggregated: bool = False,
 ) -> SGLangEngine:
     """Start SGLang on the Hugging Face model in `model_dir` and return at once; `wait_ready()` on the result waits.
 
-    The server listens on a free port of 127.0.0.1 under a random API key, writes to `log_path` (readable by its owner
-    only) and ends with this process, however that ends. `server_args` are SGLang's own (`--sglang-*`) and override
-    the defaults. Raises ValueError for a model directory that is none and for server_args that are ours to set.
+    The server listens on a free port of `host`, one of this machine's addresses, under a random API key, writes to
+    `log_path` (readable by its owner only) and ends with this process, however that ends. `disaggregated`: weights come
+    by broadcast, not through shared memory. `server_args` are SGLang's own (`--sglang-*`) and override the defaults.
+    Raises ValueError for a model directory that is none and for server_args that are ours to set or would leave the
+    engine open.
     """
     architecture = _architecture(model_dir)
-    for argument in _OWN_ARGUMENTS:
-        if argument in server_args:
-            flag = argument.replace("_", "-")
-            raise ValueError(f"--sglang-{flag} is {server_args[argument]!r}, but is set by the run itself")
-    reservation = _reserve_port()
-    port = reservation.getsockname()[1]
-    api_key = secrets.token_urlsafe(24)
+    _refuse(server_args)
+    loaders = [ENGINE_LOADER, *(server_args.get("custom_weight_loader") or [])]
     arguments: dict[str, Any] = {
         "model_path": model_dir,
-        "host": "127.0.0.1",
-        "port": port,
-        "api_key": api_key,
         "tp_size": tp_size,
         "dtype": dtype,
         "context_length": context_length,
@@ -123,42 +121,42 @@ def start_engine(
         "watchdog_timeout": max(300.0, request_timeout_s),
         **(_cpu_arguments(context_length) if use_cpu else {}),
         **server_args,
+        "custom_weight_loader": loaders,
     }
-    with contextlib.ExitStack() as undo:  # what has begun, should the process not start
-        undo.enter_context(reservation)
-        scratch_dir = tempfile.mkdtemp(prefix="megatron_fipo_engine_")
-        undo.callback(shutil.rmtree, scratch_dir, ignore_errors=True)
-        process = _spawn(
-            arguments, use_cpu, scratch_dir, log_path, _environment(scratch_dir, use_cpu, tp_size, architecture)
-        )
-        undo.pop_all()
-    engine = SGLangEngine(
+    start = ServerStart(
+        arguments=arguments,
+        host=host,
+        tp_size=tp_size,
+        architecture=architecture,
+        use_cpu=use_cpu,
+        log_path=log_path,
+    )
+    backend: Literal["gloo", "nccl"] = "gloo" if use_cpu else "nccl"
+    engine = SGLangEngine.started(
         name,
-        ServerHandle(
-            process=process,
-            port_reservation=reservation,
-            url=f"http://127.0.0.1:{port}",
-            api_key=api_key,
-            log_path=log_path,
-            scratch_dir=scratch_dir,
-            tp_size=tp_size,
-            seeded=bool(arguments.get("enable_deterministic_inference", False)),
-            prefix_cache=not arguments.get("disable_radix_cache", False),
-            start_timeout_s=start_timeout_s,
-            request_timeout_s=request_timeout_s,
-        ),
+        start,
+        seeded=bool(arguments.get("enable_deterministic_inference", False)),
+        prefix_cache=not arguments.get("disable_radix_cache", False),
+        update_backend=backend if disaggregated else None,
+        start_timeout_s=start_timeout_s,
+        request_timeout_s=request_timeout_s,
     )
     atexit.register(engine.shutdown)
     return engine
 
 
-def engine_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """`environment` without what a launcher told the trainer about its process group."""
-    return {
-        key: value
-        for key, value in environment.items()
-        if key not in _LAUNCHER_VARIABLES and not key.startswith(_LAUNCHER_PREFIXES)
-    }
+def _refuse(server_args: Mapping[str, Any]) -> None:
+    for argument in _OWN_ARGUMENTS:
+        if argument in server_args:
+            flag = argument.replace("_", "-")
+            raise ValueError(f"--sglang-{flag} is {server_args[argument]!r}, but is set by the run itself")
+    for argument, reason in _UNGUARDED_ARGUMENTS.items():
+        if server_args.get(argument):
+            flag = argument.replace("_", "-")
+            raise ValueError(f"--sglang-{flag} is {server_args[argument]!r}, but {reason}: leave it out")
+    if server_args.get("tokenizer_worker_num", 1) != 1:
+        workers = server_args["tokenizer_worker_num"]
+        raise ValueError(f"--sglang-tokenizer-worker-num is {workers!r}, but SGLang's API key guards one worker: use 1")
 
 
 def _cpu_arguments(context_length: int) -> dict[str, Any]:
@@ -176,64 +174,6 @@ def _cpu_arguments(context_length: int) -> dict[str, Any]:
         "max_running_requests": max_running_requests,
         "max_total_tokens": max(context_length, min(max_running_requests * context_length, _CPU_CACHE_TOKENS)),
     }
-
-
-def _environment(scratch_dir: str, use_cpu: bool, tp_size: int, architecture: str) -> dict[str, str]:
-    environment = engine_environment(os.environ)
-    environment["TMPDIR"] = scratch_dir
-    environment["PYTHONUNBUFFERED"] = "1"
-    environment["TOKENIZERS_PARALLELISM"] = "false"
-    environment["HF_HUB_OFFLINE"] = "1"
-    # The run asks for a few tokens more than it uses, which may be more than the model's own longest context.
-    environment["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
-    if not use_cpu:
-        return environment
-    environment.setdefault("OMP_NUM_THREADS", "1")
-    environment["TORCHDYNAMO_DISABLE"] = "1"
-    environment[ASKED_FOR] = "1"
-    if tp_size > 1:
-        cpus = sorted(os.sched_getaffinity(0))
-        environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(cpus[rank % len(cpus)]) for rank in range(tp_size))
-    if architecture in _MODEL_PACKAGE_ARCHITECTURES:
-        environment["SGLANG_EXTERNAL_MODEL_PACKAGE"] = _MODEL_PACKAGE
-    return environment
-
-
-def _spawn(
-    arguments: dict[str, Any], use_cpu: bool, scratch_dir: str, log_path: str, environment: dict[str, str]
-) -> subprocess.Popen[bytes]:
-    """The server in a session and process group of its own: Ctrl-C reaches the trainer alone, which then ends it."""
-    request = json.dumps({"server_args": arguments, "use_cpu": use_cpu, "scratch_dir": scratch_dir})
-    Path(log_path).parent.mkdir(parents=True, exist_ok=True)
-    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    try:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_fipo.rollout.server"],
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            env=environment,
-            start_new_session=True,
-        )
-    finally:
-        os.close(log)
-    assert process.stdin is not None
-    try:
-        process.stdin.write(request.encode() + b"\n")
-        process.stdin.flush()
-    except BaseException:
-        process.kill()
-        process.wait()
-        raise
-    return process
-
-
-def _reserve_port() -> socket.socket:
-    """A socket bound to a free port. It never listens: SO_REUSEADDR lets the server bind the port as well."""
-    reservation = socket.socket()
-    reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    reservation.bind(("127.0.0.1", 0))
-    return reservation
 
 
 def _architecture(model_dir: str) -> str:

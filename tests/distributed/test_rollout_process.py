@@ -18,7 +18,8 @@ import pytest
 from megatron_fipo.patches.sglang_cpu.plugin import ASKED_FOR
 from megatron_fipo.rollout.log_tail import log_tail
 from megatron_fipo.rollout.process_group import group_members, stop_process_group
-from megatron_fipo.rollout.server_process import _environment, engine_environment, start_engine
+from megatron_fipo.rollout.server_launch import ServerStart, server_environment, without_launcher
+from megatron_fipo.rollout.server_process import start_engine
 
 SETTINGS: dict[str, Any] = {
     "name": "e0",
@@ -34,12 +35,36 @@ SETTINGS: dict[str, Any] = {
 
 def test_what_a_launcher_said_about_the_trainer_does_not_reach_the_engine() -> None:
     environment = {"RANK": "0", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "x", "PET_NNODES": "1", "PATH": "/bin"}
-    assert engine_environment(environment) == {"PATH": "/bin"}
+    assert without_launcher(environment) == {"PATH": "/bin"}
+
+
+def environment_of(*, use_cpu: bool = True, host: str = "127.0.0.1") -> dict[str, str]:
+    start = ServerStart({}, host, tp_size=1, architecture="LlamaForCausalLM", use_cpu=use_cpu, log_path="log")
+    return server_environment(start, "scratch")
 
 
 def test_only_an_engine_on_the_cpu_asks_for_our_platform() -> None:
-    assert _environment("scratch", True, 1, "LlamaForCausalLM")[ASKED_FOR] == "1"
-    assert ASKED_FOR not in _environment("scratch", False, 1, "LlamaForCausalLM")
+    assert environment_of()[ASKED_FOR] == "1"
+    assert ASKED_FOR not in environment_of(use_cpu=False)
+
+
+def test_what_the_trainer_says_of_its_network_does_not_open_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth0")
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "*")
+    environment = environment_of()
+    assert environment["GLOO_SOCKET_IFNAME"] == environment["NCCL_SOCKET_IFNAME"] == "lo"
+    assert environment["FORWARDED_ALLOW_IPS"] == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("enable_custom_logit_processor", True), ("tokenizer_worker_num", 2), ("grpc_port", 5000), ("grpc_mode", True)],
+)
+def test_an_argument_that_would_leave_the_engine_open_is_refused(tmp_path: Path, argument: str, value: object) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
+    with pytest.raises(ValueError, match=f"--sglang-{argument.replace('_', '-')} is {value}"):
+        start_engine(str(tmp_path), log_path=str(tmp_path / "log"), server_args={argument: value}, **SETTINGS)
 
 
 def test_a_directory_without_a_model_is_an_error_before_anything_starts(tmp_path: Path) -> None:

@@ -266,15 +266,15 @@ def test_no_shared_memory_is_left_after_updates(engines) -> None:
 
 
 def test_the_api_key_is_neither_in_the_arguments_nor_in_the_log(engines) -> None:
-    key = engines[0]._server.api_key
+    key = engines[0].address.api_key
     commands = [" ".join(process.cmdline()) for process in group_members(engines[0].process_id)]
     assert commands
     assert not [command for command in commands if key in command]
-    log = Path(engines[0]._server.log_path)
+    log = Path(engines[0].process.log_path)
     assert key not in log.read_text()
     assert log.stat().st_mode & 0o077 == 0
     answer = subprocess.run(
-        [sys.executable, "-c", f"import urllib.request as r; r.urlopen('{engines[0]._server.url}/model_info')"],
+        [sys.executable, "-c", f"import urllib.request as r; r.urlopen('{engines[0].address.url}/model_info')"],
         capture_output=True,
         text=True,
         check=False,
@@ -301,7 +301,7 @@ def test_a_killed_scheduler_is_an_engine_error_and_shutdown_leaves_nothing(tmp_p
     with pytest.raises(EngineError, match=r"engine0 (ended|broke)(?s:.)*last lines of"):
         generate_for_ever(engine, requests)
     assert time.monotonic() - began < 15
-    scratch = Path(engine._server.scratch_dir)
+    scratch = Path(engine.process.scratch_dir)
     engine.shutdown()
     engine.shutdown()
     assert not group_members(engine.process_id)
@@ -403,7 +403,7 @@ def _trainer(directory: Path) -> None:
     completions = engine.generate(requests_for(PROMPTS, num_samples=8, length=12, temperature=1.0))
     report = {
         "group": engine.process_id,
-        "scratch": engine._server.scratch_dir,
+        "scratch": engine.process.scratch_dir,
         "bits": [[uid, ids, logprobs.hex()] for uid, ids, logprobs in bits(completions)],
     }
     print(json.dumps(report), flush=True)

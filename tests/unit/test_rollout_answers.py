@@ -12,8 +12,10 @@ from megatron_fipo.rollout.answers import (
     BadAnswer,
     generate_payload,
     prefix_payload,
+    read_checksums,
     read_completions,
     read_scores,
+    request_ids,
     score_payload,
 )
 from megatron_fipo.types import GenerateRequest, SamplingSettings
@@ -26,23 +28,27 @@ def request(uid: str, prompt: list[int], seed: int = 5, length: int = 4) -> Gene
 REQUESTS = [request("a/0", [1, 2]), request("a/1", [1, 2]), request("b/0", [3])]
 
 
+IDS = ["c-0", "c-1", "c-2"]
+
+
 def good_answer() -> list[dict[str, Any]]:
     return [
         {
             "output_ids": ids,
             "meta_info": {
+                "id": name,
                 "finish_reason": {"type": reason},
                 "weight_version": "3",
                 "weight_versions": [{"version": "3", "start": 0, "end": len(ids)}],
                 "output_token_logprobs": [[-0.5 * token, token, None] for token in ids],
             },
         }
-        for ids, reason in (([4, 2], "stop"), ([5, 6, 7, 8], "length"), ([9], "stop"))
+        for name, ids, reason in (("c-0", [4, 2], "stop"), ("c-1", [5, 6, 7, 8], "length"), ("c-2", [9], "stop"))
     ]
 
 
 def test_completions_come_back_in_request_order() -> None:
-    first, second, third = read_completions(REQUESTS, good_answer(), 3)
+    first, second, third = read_completions(REQUESTS, IDS, good_answer(), 3)
     assert (first.uid, second.uid, third.uid) == ("a/0", "a/1", "b/0")
     assert first.token_ids.tolist() == [4, 2]
     assert first.token_ids.dtype == np.int64
@@ -58,7 +64,7 @@ def test_completions_come_back_in_request_order() -> None:
         (("output_ids",), [], "a/1: no token"),
         (("output_ids",), [5, 6, 7, 8, 9], "5 tokens came back, at most 4"),
         (("output_ids",), [5, 6, 7], "4 log-probs do not belong to the 3 tokens"),
-        (("output_ids",), None, "output_ids is None"),
+        (("output_ids",), None, "output_ids is 'None'"),
         (("meta_info", "output_token_logprobs", 1, 0), None, "log-prob at position 1 is None"),
         (("meta_info", "output_token_logprobs", 2, 0), float("nan"), "log-prob at position 2 is nan"),
         (("meta_info", "output_token_logprobs", 0, 0), float("-inf"), "log-prob at position 0 is -inf"),
@@ -67,6 +73,21 @@ def test_completions_come_back_in_request_order() -> None:
         (("meta_info", "weight_version"), "2", "weight version 2, 3, not 3"),
         (("meta_info", "weight_versions", 0, "version"), "2", "weight version 2, 3, not 3"),
         (("meta_info", "weight_version"), "default", "weight version 3, default, not 3"),
+        (("meta_info", "weight_versions"), "3", "weight_versions is 3, not a list"),
+        (("meta_info", "weight_versions"), ["3"], "is '3', not a mapping"),
+        (("meta_info", "output_token_logprobs", 0, 0), "-1", "log-prob at position 0 is -1"),
+        (("meta_info", "output_token_logprobs", 0, 0), 0.5, "log-prob at position 0 is 0.5"),
+        (("meta_info", "output_token_logprobs", 0, 0), -1e31, "log-prob at position 0 is -1e"),
+        (("meta_info", "output_token_logprobs", 0, 0), 10**400, "log-prob at position 0 is 1000"),
+        (("meta_info", "output_token_logprobs", 0), 7, "a log-prob is 7"),
+        (("meta_info", "output_token_logprobs", 0), [], r"a log-prob is \[\]"),
+        (("meta_info", "output_token_logprobs", 0, 1), 2**70, "a log-prob is .*1180591620717411303424"),
+        (("meta_info", "output_token_logprobs", 0, 1), -5, "a log-prob is .*-5"),
+        (("meta_info", "output_token_logprobs"), None, "output_token_logprobs is 'None'"),
+        (("meta_info", "id"), "c-0", "answer 1 is about request 'c-0', not 'c-1'"),
+        (("meta_info", "id"), None, "answer 1 is about request 'None', not 'c-1'"),
+        (("meta_info",), [], "meta_info is"),
+        (("output_ids",), {}, "output_ids is"),
     ],
 )
 def test_an_answer_that_does_not_fit_is_refused(path: tuple[Any, ...], value: Any, message: str) -> None:
@@ -76,17 +97,45 @@ def test_an_answer_that_does_not_fit_is_refused(path: tuple[Any, ...], value: An
         target = target[key]
     target[path[-1]] = value
     with pytest.raises(BadAnswer, match=message):
-        read_completions(REQUESTS, answer, 3)
+        read_completions(REQUESTS, IDS, answer, 3)
 
 
 def test_a_missing_answer_is_refused() -> None:
     with pytest.raises(BadAnswer, match="2 answers came back to 3 requests"):
-        read_completions(REQUESTS, good_answer()[:2], 3)
+        read_completions(REQUESTS, IDS, good_answer()[:2], 3)
+
+
+@pytest.mark.parametrize("answer", [None, "text", 5, [None, None, None], ["a", "b", "c"], {}, [{}, {}, {}]])
+def test_what_is_no_answer_at_all_is_refused(answer: Any) -> None:
+    with pytest.raises(BadAnswer):
+        read_completions(REQUESTS, IDS, answer, 3)
+    with pytest.raises(BadAnswer):
+        read_scores([np.asarray([1])] * 3, IDS, answer, 3)
+    with pytest.raises(BadAnswer):
+        read_checksums(answer, 1)
+
+
+def test_an_answer_that_was_given_twice_is_refused() -> None:
+    first, second, _ = good_answer()
+    with pytest.raises(BadAnswer, match="answer 2 is about request 'c-1', not 'c-2'"):
+        read_completions(REQUESTS, IDS, [first, second, second], 3)
+    with pytest.raises(BadAnswer, match="answer 0 is about request 'c-1'"):
+        read_completions(REQUESTS, IDS, [second, first, good_answer()[2]], 3)
+    assert set(request_ids(3)).isdisjoint(request_ids(3))
+
+
+def test_checksums_of_every_rank_are_wanted() -> None:
+    ranks = [{"checksums": {"w": "ab"}}, {"checksums": {"w": "cd"}}]
+    assert read_checksums({"success": True, "ranks": ranks}, 2) == [{"w": "ab"}, {"w": "cd"}]
+    for damaged in (ranks[:1], [ranks[0], {}], [ranks[0], {"checksums": {}}], [ranks[0], {"checksums": {"w": 1}}]):
+        with pytest.raises(BadAnswer):
+            read_checksums({"ranks": damaged}, 2)
 
 
 def test_all_requests_go_into_one_call_with_their_own_settings() -> None:
-    payload = generate_payload(REQUESTS, seeded=True)
+    payload = generate_payload(REQUESTS, IDS, seeded=True)
     assert payload["input_ids"] == [[1, 2], [1, 2], [3]]
+    assert payload["rid"] == IDS
     assert payload["return_logprob"]
     assert payload["sampling_params"][0] == {
         "max_new_tokens": 4,
@@ -95,7 +144,7 @@ def test_all_requests_go_into_one_call_with_their_own_settings() -> None:
         "top_k": -1,
         "sampling_seed": 5,
     }
-    assert "sampling_seed" not in generate_payload(REQUESTS, seeded=False)["sampling_params"][0]
+    assert "sampling_seed" not in generate_payload(REQUESTS, IDS, seeded=False)["sampling_params"][0]
 
 
 def test_only_shared_prompts_are_computed_ahead() -> None:
@@ -108,14 +157,18 @@ def test_only_shared_prompts_are_computed_ahead() -> None:
 
 def test_scores_are_aligned_to_the_predicting_position() -> None:
     ids = [np.asarray([4, 5, 6]), np.asarray([7])]
-    assert score_payload(ids)["input_ids"] == [[4, 5, 6], [7]]
-    answer = [
-        {"meta_info": {"input_token_logprobs": [[None, 4, None], [-1.0, 5, None], [-2.0, 6, None]]}},
-        {"meta_info": {"input_token_logprobs": [[None, 7, None]]}},
-    ]
-    first, second = read_scores(ids, answer)
+    names = ["c-0", "c-1"]
+    assert score_payload(ids, names)["input_ids"] == [[4, 5, 6], [7]]
+
+    def meta(name: str, triples: list[list[Any]]) -> dict[str, Any]:
+        return {"meta_info": {"id": name, "weight_version": "3", "input_token_logprobs": triples}}
+
+    answer = [meta("c-0", [[None, 4, None], [-1.0, 5, None], [-2.0, 6, None]]), meta("c-1", [[None, 7, None]])]
+    first, second = read_scores(ids, names, answer, 3)
     assert first.tolist() == [-1.0, -2.0, 0.0]
     assert second.tolist() == [0.0]
+    with pytest.raises(BadAnswer, match="weight version 3, not 4"):
+        read_scores(ids, names, answer, 4)
     answer[0]["meta_info"]["input_token_logprobs"][2][1] = 8
     with pytest.raises(BadAnswer, match="sequence 0"):
-        read_scores(ids, answer)
+        read_scores(ids, names, answer, 3)
