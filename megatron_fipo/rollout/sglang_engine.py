@@ -30,6 +30,7 @@ T = TypeVar("T")
 
 _READY_POLL_S = 0.2
 _READY_ANSWER_S = 5.0
+_FIRST_ANSWER_S = 60.0
 _EXIT_GRACE_S = 3.0  # a server whose connection broke is given this long to be seen dead
 _FLUSH_WAIT_S = 30.0  # SGLang answers a request shortly before its scheduler is idle
 
@@ -104,6 +105,7 @@ class SGLangEngine:
         if self.process is not None:
             self.process.note_segments()
             self.process.release_port()
+        await self.acheck_health(_FIRST_ANSWER_S)  # it is ours by its key, and its scheduler lives
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
         return run(self.agenerate(requests))
