@@ -1,12 +1,14 @@
 """The responses of a long evaluation on disk, block by block, so that it can be killed and goes on where it stopped.
 
 A directory holds evaluation_settings.json, which says what the responses depend on, and responses.jsonl, one response
-per line in the order of data sets, problems and samples. A block of problems is written once all of it is graded.
+per line in the order of data sets, problems and samples, with a checksum of the line. A block of problems is written
+once all of it is graded.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +22,8 @@ from megatron_fipo.types import Prompt
 
 SETTINGS_FILE = "evaluation_settings.json"
 RESPONSES_FILE = "responses.jsonl"
+CHECKSUM = "sha256"  # of a line's record without it; the first CHECKSUM_DIGITS digits
+CHECKSUM_DIGITS = 16
 NUM_SHOWN = 3
 
 
@@ -79,8 +83,7 @@ class ResponseFile:
         """Add the next block's problems; they are on disk when this returns."""
         block = self.blocks[len(self.finished)]
         assert [problem.uid for problem in problems] == [prompt.problem.uid for prompt in block.prompts]
-        lines = [json.dumps(record, allow_nan=False) + "\n" for record in _records(block, problems)]
-        self._file.write("".join(lines).encode())
+        self._file.write(b"".join(line_of(record) for record in _records(block, problems)))
         self._file.flush()
         os.fsync(self._file.fileno())
         self.finished.append(tuple(problems))
@@ -142,15 +145,26 @@ class ResponseFile:
         where = f"{self._path}:{number}"
         try:
             record = json.loads(line)
+            checksum = record.pop(CHECKSUM, None)
+            wanted_line = line_of(record)
             found = tuple(record.pop(name) for name in ("data_set", "problem", "sample"))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise ValueError(f"{where}: not a response: {error!r}") from None
         if found != wanted:
             raise ValueError(f"{where} is the response {found}, but {wanted} belongs there")
         fields = EvaluatedResponse.__dataclass_fields__.keys()
         if record.keys() - {"prompt"} != fields:
             raise ValueError(f"{where} holds {sorted(record)}, but a response has {sorted(fields)}")
+        if line != wanted_line:
+            raise ValueError(f"{where} was changed: its {CHECKSUM} is {checksum!r}, which belongs to another line")
         return record
+
+
+def line_of(record: Mapping[str, Any]) -> bytes:
+    """A record with its checksum, as a line. Raises ValueError for NaN and infinities."""
+    text = json.dumps(record, allow_nan=False)
+    checksum = hashlib.sha256(text.encode()).hexdigest()[:CHECKSUM_DIGITS]
+    return (json.dumps({**record, CHECKSUM: checksum}) + "\n").encode()
 
 
 def _records(block: Block, problems: Sequence[EvaluatedProblem]) -> Iterator[dict[str, Any]]:

@@ -1,10 +1,12 @@
 """Groups of samples as JSON and back, exactly: for recorded rollouts and for the groups that a checkpoint holds.
 
-A recorded step is one JSONL file: a header with the number of groups, then a group per line.
+A recorded step is one JSONL file: a header with the number of groups, a group per line, and at the end the SHA-256 of
+all lines before it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -17,7 +19,8 @@ import numpy as np
 
 from megatron_fipo.types import GraderError, Group, Problem, Prompt, RewardResult, Sample
 
-FORMAT = 2
+FORMAT = 3
+OLDER_FORMATS = {1: "which says of every token who drew it", 2: "which ends with a checksum"}  # what came after each
 
 
 def write_rollouts(directory: str, step: int, groups: Sequence[Group], metrics: Mapping[str, float]) -> Path:
@@ -30,8 +33,12 @@ def write_rollouts(directory: str, step: int, groups: Sequence[Group], metrics: 
     header = {"format": FORMAT, "step": step, "num_groups": len(groups), "metrics": dict(metrics)}
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with unfinished.open("w", encoding="utf-8") as file:
-        for line in (header, *map(group_to_dict, groups)):
-            file.write(json.dumps(line) + "\n")
+        digest = hashlib.sha256()
+        for record in (header, *map(group_to_dict, groups)):
+            line = json.dumps(record) + "\n"
+            digest.update(line.encode())
+            file.write(line)
+        file.write(json.dumps({"sha256": digest.hexdigest()}) + "\n")
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)
@@ -49,17 +56,22 @@ def read_rollouts(directory: str, step: int) -> tuple[tuple[Group, ...], dict[st
         raise ValueError(
             f"--replay-rollouts is {directory!r}, which holds no step {step} (it holds {_steps(directory)})"
         )
-    with path.open(encoding="utf-8") as file:
-        lines = [_parsed(path, number, line) for number, line in enumerate(file, start=1)]
-    if lines and lines[0].get("format") in range(1, FORMAT):
+    content = path.read_bytes()
+    lines = [_parsed(path, number, line) for number, line in enumerate(content.splitlines(), start=1)]
+    found_format = lines[0].get("format") if lines else None
+    if isinstance(found_format, int) and found_format in OLDER_FORMATS:
         raise ValueError(
-            f"{path} is of format {lines[0]['format']}, but must be of format {FORMAT}, which says of every token who "
-            "drew it: record the rollouts anew with --record-rollouts"
+            f"{path} is of format {found_format}, but must be of format {FORMAT}, {OLDER_FORMATS[found_format]}: "
+            "record the rollouts anew with --record-rollouts"
         )
     is_header = bool(lines) and {"format", "step", "num_groups", "metrics"} <= lines[0].keys()
     if not is_header or (lines[0]["format"], lines[0]["step"]) != (FORMAT, step):
         raise ValueError(f"{path}, line 1: found no header of format {FORMAT} for step {step}")
-    header, *bodies = lines
+    last_line = content.rfind(b"\n", 0, -1) + 1
+    wanted = json.dumps({"sha256": hashlib.sha256(content[:last_line]).hexdigest()}) + "\n"
+    if content[last_line:] != wanted.encode():
+        raise ValueError(f"{path} was changed or cut off: its last line is not the SHA-256 of what stands before it")
+    header, *bodies = lines[:-1]
     if len(bodies) != header["num_groups"]:
         raise ValueError(
             f"{path} holds {len(bodies)} groups, but its header says {header['num_groups']}: it is cut off"
@@ -159,11 +171,11 @@ def _steps(directory: str) -> str:
     return f"{len(steps)} steps from {steps[0]} to {steps[-1]}" if steps else "none"
 
 
-def _parsed(path: Path, number: int, line: str) -> dict[str, Any]:
+def _parsed(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         data = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number}: not JSON ({error.msg}): it is cut off or damaged") from error
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, an integer of thousands of digits
+        raise ValueError(f"{path}, line {number}: not JSON ({error}): it is cut off or damaged") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path}, line {number}: found {type(data).__name__}, wanted an object")
     return data

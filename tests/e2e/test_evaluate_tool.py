@@ -24,6 +24,7 @@ from megatron_fipo.metrics.scores import avg_at_k, cons_at_k, pass_at_k
 NUM_PROBLEMS, NUM_SAMPLES, BLOCK_SIZE = 24, 4, 4
 REWARD = """
 from megatron_fipo.types import RewardResult
+from megatron_fipo.trainer.evaluation_file import CHECKSUM, line_of
 
 def grade(response, ground_truth, **extra):
     score = float(len(response) % 2)
@@ -220,7 +221,9 @@ def test_responses_without_a_verdict_are_not_taken_over_where_that_is_an_error(
 ) -> None:
     shutil.copytree(undisturbed, tmp_path / "out")
     path = tmp_path / "out" / "responses.jsonl"
-    path.write_text(path.read_text().replace('"error": null', '"error": "timeout: no verdict"', 1))
+    first, *rest = path.read_bytes().splitlines(keepends=True)
+    record = {name: value for name, value in json.loads(first).items() if name != CHECKSUM}
+    path.write_bytes(b"".join([line_of({**record, "error": "timeout: no verdict"}), *rest]))
     words = arguments(tiny_chat_model, tmp_path / "out")[1:]
     assert tool.main(words) == 2
     assert "holds 1 responses without a verdict, the first: timeout: no verdict; take them over" in the_line(capsys)

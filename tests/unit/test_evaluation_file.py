@@ -111,6 +111,8 @@ def test_settings_without_a_response_may_change(tmp_path: Path) -> None:
         (lambda lines: [b"{}\n", *lines[1:]], ":1: not a response"),
         (lambda lines: [b"[1]\n", *lines[1:]], ":1: not a response"),
         (lambda lines: [lines[0].replace(b'"answer"', b'"reply"'), *lines[1:]], ":1 holds .*reply"),
+        (lambda lines: [lines[0].replace(b'"stop"', b'"stap"'), *lines[1:]], ":1 was changed: its sha256 is"),
+        (lambda lines: [lines[0].replace(b": ", b":  ", 1), *lines[1:]], ":1 was changed: its sha256 is"),
         (lambda lines: [*lines, lines[-1]], ":11: more responses than the evaluation has"),
     ],
 )

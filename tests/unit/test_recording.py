@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -41,6 +42,12 @@ def make_groups() -> list[Group]:
             )
         groups.append(Group(Prompt(problem, np.array([5, 6])), tuple(samples)))
     return groups
+
+
+def seal(path: Path, lines: list[str]) -> None:
+    """A recording of these lines with the checksum that belongs to them."""
+    body = "".join(line + "\n" for line in lines)
+    path.write_text(body + json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest()}) + "\n")
 
 
 def test_groups_survive_a_recording_bit_for_bit(tmp_path: Path) -> None:
@@ -94,9 +101,18 @@ def test_a_file_cut_off_anywhere_is_an_error(tmp_path: Path) -> None:
         path.write_bytes(content[:size])
         with pytest.raises(ValueError, match=r"step_000001\.jsonl"):
             read_rollouts(str(tmp_path), 1)
-    path.write_bytes(content[: content.rindex(b"\n", 0, -1) + 1])
+    seal(path, content.decode().splitlines()[:-2])
     with pytest.raises(ValueError, match="holds 1 groups, but its header says 2: it is cut off"):
         read_rollouts(str(tmp_path), 1)
+
+
+def test_any_changed_byte_is_noticed(tmp_path: Path) -> None:
+    path = write_rollouts(str(tmp_path), 1, make_groups(), {"score": 0.5})
+    content = path.read_bytes()
+    for i in range(0, len(content), 11):
+        path.write_bytes(content[:i] + bytes([content[i] ^ 1 << i % 8]) + content[i + 1 :])
+        with pytest.raises(ValueError, match=r"step_000001\.jsonl"):
+            read_rollouts(str(tmp_path), 1)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +126,7 @@ def test_a_file_cut_off_anywhere_is_an_error(tmp_path: Path) -> None:
 )
 def test_a_damaged_line_is_named(tmp_path: Path, line: str, message: str) -> None:
     path = write_rollouts(str(tmp_path), 1, make_groups()[:1], {})
-    path.write_text(path.read_text().splitlines()[0] + "\n" + line + "\n")
+    seal(path, [path.read_text().splitlines()[0], line])
     with pytest.raises(ValueError, match=message):
         read_rollouts(str(tmp_path), 1)
 
@@ -118,15 +134,18 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: str, message: str) -> Non
 def test_another_steps_or_formats_file_is_refused(tmp_path: Path) -> None:
     path = write_rollouts(str(tmp_path), 1, make_groups(), {})
     path.rename(tmp_path / "step_000002.jsonl")
-    with pytest.raises(ValueError, match="line 1: found no header of format 2 for step 2"):
+    with pytest.raises(ValueError, match="line 1: found no header of format 3 for step 2"):
         read_rollouts(str(tmp_path), 2)
 
 
-def test_a_recording_of_an_older_format_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("older", "since"), [(1, "who drew it"), (2, "ends with a checksum")])
+def test_a_recording_of_an_older_format_says_so(tmp_path: Path, older: int, since: str) -> None:
     path = write_rollouts(str(tmp_path), 1, make_groups(), {})
     header, *lines = path.read_text().splitlines()
-    path.write_text("\n".join([json.dumps({**json.loads(header), "format": 1}), *lines]))
-    with pytest.raises(ValueError, match=r"step_000001\.jsonl is of format 1, but must be of format 2.*record.*anew"):
+    path.write_text("\n".join([json.dumps({**json.loads(header), "format": older}), *lines]))
+    with pytest.raises(
+        ValueError, match=rf"step_000001\.jsonl is of format {older}, but must be of format 3.*{since}.*anew"
+    ):
         read_rollouts(str(tmp_path), 1)
 
 
@@ -150,6 +169,6 @@ def test_a_header_without_its_counts_is_no_header(tmp_path: Path, missing: str) 
     path = write_rollouts(str(tmp_path), 1, make_groups(), {})
     header, *lines = path.read_text().splitlines()
     kept = {name: value for name, value in json.loads(header).items() if name != missing}
-    path.write_text("\n".join([json.dumps(kept), *lines]) + "\n")
+    seal(path, [json.dumps(kept), *lines[:-1]])
     with pytest.raises(ValueError, match="line 1: found no header"):
         read_rollouts(str(tmp_path), 1)
