@@ -14,10 +14,7 @@ from megatron_fipo.actor.setup import Groups
 from megatron_fipo.arguments import Settings
 from megatron_fipo.checks import Checked
 from megatron_fipo.metrics.run_logger import RunLogger
-from megatron_fipo.parallel import ParallelLayout
 from megatron_fipo.problems import Problems
-from megatron_fipo.rollout.pool import EnginePool
-from megatron_fipo.rollout.server_process import start_engines
 from megatron_fipo.trainer.custom_generation import custom_generation
 from megatron_fipo.trainer.evaluation import evaluate
 from megatron_fipo.trainer.evaluation_report import write_problem_table
@@ -55,21 +52,6 @@ def build_trainer_side(settings: Settings, checked: Checked, groups: Groups) -> 
         temperature=settings.rollout.rollout_temperature,
         # all at once: one chunk that nothing is longer than
         logprobs_chunk_size=settings.batch.log_probs_chunk_size if settings.batch.log_probs_chunk_size > 0 else 2**31,
-    )
-
-
-def start_run_engines(settings: Settings, layout: ParallelLayout, device: torch.device) -> EnginePool:
-    """Start this run's engines and return at once; `wait_ready` waits for them. Rank 0 only."""
-    engine, rollout = settings.engine, settings.rollout
-    return start_engines(
-        settings.run.hf_checkpoint,
-        engine,
-        num_engines=engine.num_engines or max(1, layout.world_size // engine.tp_size),
-        dtype="bfloat16" if settings.megatron.bf16 else "float32",
-        longest=rollout.rollout_max_prompt_len + max(rollout.rollout_max_response_len, settings.eval_max_response_len),
-        random_seed=settings.run.seed,
-        log_dir=settings.run.output_dir,
-        use_cpu=device.type == "cpu",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import signal
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -14,7 +15,7 @@ import torch.distributed as dist
 
 from megatron_fipo.actor.actor import Actor
 from megatron_fipo.actor.checkpoint import load_checkpoint
-from megatron_fipo.actor.checkpoint_files import find_checkpoint, read_run_state, verify_checkpoint_together
+from megatron_fipo.actor.checkpoint_files import find_valid_checkpoint, read_run_state
 from megatron_fipo.actor.checkpoint_saver import CheckpointSaver
 from megatron_fipo.actor.setup import initialize_distributed, initialize_model_parallel, shut_down
 from megatron_fipo.arguments import Settings, config_text, config_values
@@ -23,10 +24,10 @@ from megatron_fipo.assembly import (
     build_trainer_side,
     log_evaluation,
     replayed,
-    start_run_engines,
 )
 from megatron_fipo.checks import Checked, holds_checkpoints
 from megatron_fipo.config import FIPOSettings
+from megatron_fipo.engine_nodes import RunEngines, await_engines, find_nodes, start_own_engines
 from megatron_fipo.hybrid.turns import HybridEngine
 from megatron_fipo.interruption import Signals
 from megatron_fipo.metrics.records import EVALUATIONS_FILE, METRICS_FILE, read_metrics
@@ -76,12 +77,15 @@ def _run(
     log = stack.enter_context(_open_log(settings, layout.rank, first_step if is_resumed else None))
     for note in said:
         log.say(note)
-    pool: EnginePool | None = None
-    if problems is not None:
-        if settings.rollout.custom_generate_function_path is not None:
-            # what is wrong with it shows before an engine starts
-            load_user_function(CUSTOM_GENERATE, settings.rollout.custom_generate_function_path)
-        pool = stack.enter_context(start_run_engines(settings, layout, device))  # starts while the actor is built
+    custom = settings.rollout.custom_generate_function_path
+    if problems is not None and custom is not None:
+        load_user_function(CUSTOM_GENERATE, custom)  # what is wrong with it shows before an engine starts
+    nodes = find_nodes(settings.engine, layout.rank, os.environ)
+    own_engines: EnginePool | None = None
+    if settings.rollout.replay_rollouts is None:
+        own_engines = start_own_engines(settings, nodes, layout.rank, device)  # start while the actor is built
+        if own_engines is not None:
+            stack.enter_context(own_engines)
     with log.stage("start trainer", part_of_step=False):
         if device.type == "cpu":
             from megatron_fipo.patches.megatron_cpu import apply_patches
@@ -96,19 +100,16 @@ def _run(
     guards = None
     if layout.rank == 0:
         guards = Guards(settings.guards, read_metrics(Path(settings.run.output_dir) / METRICS_FILE))
-    stages = stack.enter_context(contextlib.closing(_Stages(settings, actor, problems, pool, guards, log, signals)))
+    engines: RunEngines | None = None
+    if settings.rollout.replay_rollouts is None:
+        with log.stage("start engines", part_of_step=False):
+            engines = await_engines(own_engines, nodes, settings.engine, groups.control, stack)
+    stages = stack.enter_context(contextlib.closing(_Stages(settings, actor, problems, engines, guards, log, signals)))
     if resume_from is not None:
         stages.restore(resume_from, saved)
     is_finished = stages.train(first_step)
     log.say(log.timings_table())
     return is_finished
-
-
-def find_valid_checkpoint(root: str, *, say: Callable[[str], None]) -> Path:
-    """The newest checkpoint in `root`, verified. Collective over all ranks."""
-    directory = find_checkpoint(root)
-    verify_checkpoint_together(directory)
-    return directory
 
 
 def _checkpoint_to_resume(settings: Settings, say: Callable[[str], None]) -> Path | None:
@@ -136,7 +137,7 @@ class _Stages:
         settings: Settings,
         actor: Actor,
         problems: Problems | None,
-        pool: EnginePool | None,
+        engines: RunEngines | None,
         guards: Guards | None,
         log: RunLogger,
         signals: Signals,
@@ -167,13 +168,26 @@ class _Stages:
             self._scores = {record["step"]: record["accuracy"] for record in records}
         self._before: tuple[int, CollectorPosition] | None = None  # the step that is done, and where collection stood
         self._restored: dict[str, Any] | None = None
-        if self.replays:
+        if engines is None:
             return
-        with log.stage("start engines", part_of_step=False):
-            self.hybrid = HybridEngine(actor, pool, bucket_bytes=settings.engine.weight_bucket_mb * 2**20)
-            if problems is not None:
-                self.rollout_side = RolloutSide(settings, problems, self.hybrid.generate)
-            self.rank_zero.run(lambda: pool.wait_ready() if pool else None)
+        engine, is_colocated = settings.engine, settings.engine.placement == "colocated"
+        self.rank_zero.together["resync"] = self._resync
+        self.hybrid = HybridEngine(
+            actor,
+            engines.everywhere,
+            local_pool=engines.here,
+            receivers=engines.nodes.receivers,
+            bucket_bytes=engine.weight_bucket_mb * 2**20,
+            placement=engine.placement,
+            offload_trainer=engine.offload_trainer and is_colocated and actor.device.type == "cuda",
+            check_weights_interval=engine.check_weights_interval,
+            tp_size=engine.tp_size,
+            fp8=engine.fp8_weights,
+            call_everyone=lambda: self.rank_zero.call("resync"),
+            say=log.say,
+        )
+        if problems is not None:
+            self.rollout_side = RolloutSide(settings, problems, self.hybrid.generate)
 
     def restore(self, directory: Path, saved: Mapping[str, Any]) -> None:
         """Put back what the checkpoint in `directory`, whose run_state is `saved`, holds besides Megatron's state."""
@@ -213,7 +227,7 @@ class _Stages:
             self.signals.ending()  # a launcher signals the ranks that end a moment later than the first
             self._say_what_is_saved()
         elif self.settings.run.export_hf is not None:
-            with self.log.stage("export", part_of_step=False):
+            with self.log.stage("export", part_of_step=False), self._actor_at_work():
                 self._export(self.settings.run.export_hf)
         return is_finished
 
@@ -241,6 +255,7 @@ class _Stages:
             evaluate=self._evaluate,
             save=self._save,
             pause=self._pause,
+            memory=self.hybrid.memory if self.hybrid is not None else dict,
             eval_interval=settings.run.eval_interval,
             save_interval=settings.run.save_interval,
             # a recorded batch may rightly be far from this run's policy
@@ -268,16 +283,17 @@ class _Stages:
             raise StopRequested
 
     def _sync(self, version: int) -> None:
-        """Every rank sends its part of the weights; what goes wrong between rank 0 and the engines stops all ranks."""
+        """Every rank sends its part of the weights; where no engine takes them, every rank ends."""
         if self.hybrid is None:
             return
         failure = self.hybrid.sync_weights(version)
+        if failure is not None:
+            raise failure
 
-        def report() -> None:
-            if failure is not None:
-                raise failure
-
-        self.rank_zero.run(report)
+    def _resync(self) -> None:
+        """What all ranks do when rank 0 finds itself without engines in the middle of generating."""
+        assert self.hybrid is not None
+        self.hybrid.resync()  # a failure leaves its state "failed", which rank 0's next request runs into
 
     def _evaluate(self, step: int) -> None:
         """Evaluate after `step` steps, unless the run's records hold that evaluation."""
@@ -306,7 +322,7 @@ class _Stages:
             self.rollout_side.collector.go_back(self._before[1])
         side = self.rollout_side
         state = side.collector.state_dict() if side is not None else self._restored
-        with self.log.stage("save", part_of_step=False):
+        with self.log.stage("save", part_of_step=False), self._actor_at_work():
             self.saver.save(step, state, score=self._scores.get(step))
         self._saved_step = step
 
@@ -316,6 +332,9 @@ class _Stages:
             f"interrupted by {name}: the state after step {self._saved_step} is in {self.settings.run.save}; the same "
             "command with --auto-resume, or with --load, goes on from it"
         )
+
+    def _actor_at_work(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.hybrid is None else self.hybrid.actor_at_work()
 
     def _export(self, directory: str) -> None:
         """Write the final model as a Hugging Face directory. All ranks take part in the stream."""

@@ -78,6 +78,7 @@ def _checked_run(settings: Settings, signals: Signals, is_rank_zero: bool) -> in
         if checked.layout.rank == 0 and settings.rollout.replay_rollouts is None:
             problems = stack.enter_context(open_problems(settings))
         stack.callback(signals.ending)  # comes first on the way out
+        from megatron_fipo.actor.finite_weights import BrokenWeights
         from megatron_fipo.rollout.engine import EngineError
         from megatron_fipo.run import run
         from megatron_fipo.trainer.agreement import EngineDisagrees
@@ -86,7 +87,7 @@ def _checked_run(settings: Settings, signals: Signals, is_rank_zero: bool) -> in
 
         try:
             is_finished = run(settings, checked, problems, signals)
-        except (EngineError, EngineDisagrees, GuardStopped) as error:
+        except (EngineError, EngineDisagrees, GuardStopped, BrokenWeights) as error:
             return _fail(error, RUN_FAILED, is_rank_zero)
         except RankZeroFailed:
             return RUN_FAILED  # rank 0 says why

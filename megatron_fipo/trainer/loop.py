@@ -68,6 +68,7 @@ class Run:
     evaluate: Callable[[int], None]  # after this many steps, once; all ranks; StopRequested when abandoned
     save: Callable[[int], None]  # the state after this many steps, unless it is saved already; all ranks
     pause: Callable[[], None]  # between stages; all ranks; StopRequested when a signal asks the run to end
+    memory: Callable[[], Mapping[str, float]]  # of both sides at their last turns, by metric name; rank 0
     eval_interval: int | None
     save_interval: int | None
     engine_mismatch_limit: float
@@ -123,7 +124,7 @@ def _step(run: Run, step: int) -> None:
         updates = _update(run, mini_batches, logprobs, reference)
     with run.log.stage("sync"):
         run.sync_weights(step)
-    record = {**_step_metrics(rollout, agreement, updates), "step": step}
+    record = {**_step_metrics(rollout, agreement, updates), **run.memory(), "step": step}
     warnings = run.rank_zero.run(partial(_log_step, run, record))
     for warning in warnings or ():
         run.log.say(f"warning: step {step}: {warning}")

@@ -136,6 +136,7 @@ def make_run(world: World, control: dist.ProcessGroup, run_dir: Path, *, num_ste
         "evaluate": world.evaluate,
         "save": world.save,
         "pause": world.pause,
+        "memory": lambda: {"memory/training/trainer": 0.25},
         "eval_interval": None,
         "save_interval": None,
         "engine_mismatch_limit": 1.0,
@@ -179,6 +180,7 @@ def test_every_step_is_logged_with_the_means_over_its_updates(control: dist.Proc
         "pg_loss": 3.5,
         "grad_norm": 35.0,
         "num_tokens": 2 + 3 + 4 + 5,
+        "memory/training/trainer": 0.25,
     }
     assert {name: second[name] for name in wanted} == pytest.approx(wanted)
     assert [update["pg_loss"] for update in second["updates"]] == [3.0, 4.0]
