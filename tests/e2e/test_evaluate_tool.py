@@ -20,11 +20,11 @@ from processes import REPO_ROOT, run_ranks
 
 from megatron_fipo.actor.checkpoint import save_checkpoint
 from megatron_fipo.metrics.scores import avg_at_k, cons_at_k, pass_at_k
+from megatron_fipo.trainer.evaluation_file import CHECKSUM, line_of
 
 NUM_PROBLEMS, NUM_SAMPLES, BLOCK_SIZE = 24, 4, 4
 REWARD = """
 from megatron_fipo.types import RewardResult
-from megatron_fipo.trainer.evaluation_file import CHECKSUM, line_of
 
 def grade(response, ground_truth, **extra):
     score = float(len(response) % 2)
