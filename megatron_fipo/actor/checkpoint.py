@@ -7,63 +7,116 @@ from __future__ import annotations
 
 import functools
 import json
-import queue
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.safe_globals import register_safe_globals
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_fipo.actor.actor import Actor
 from megatron_fipo.actor.checkpoint_files import (
+    COMMON,
+    METADATA,
     RUN_STATE,
     CheckpointError,
     agreed,
     begin_aside,
     commit,
     read_run_state,
+    remove,
     seal,
 )
+from megatron_fipo.actor.checkpoint_loading import load_sharded
+from megatron_fipo.actor.checkpoint_reading import read_tensors, reason
+from megatron_fipo.actor.checkpoint_writing import Snapshot, Written, saved, take_snapshot, write, write_metadata
 from megatron_fipo.actor.model import gather_parameters, unwrapped
+from megatron_fipo.actor.retention import retire
 
 
-def save_checkpoint(actor: Actor, root: str, step: int, trainer_state: Mapping[str, Any] | None) -> None:
-    """Write `root/step_NNNNNNN` after `step` finished steps and point `root/latest` at it.
+def save_checkpoint(actor: Actor, root: str | Path, step: int, trainer_state: Mapping[str, Any] | None) -> Path:
+    """Write `root/step_NNNNNNN` after `step` finished steps and point `root/latest` at it; its path.
 
     `trainer_state` (rank 0; JSON) is everything outside Megatron: data position and surplus groups. Until all of it is
     on disk `latest` names the checkpoint before. Raises CheckpointError on every rank when one cannot write. Collective
-    over all ranks.
+    over all ranks. CheckpointSaver does the same beside training, and removes what is old.
+    """
+    control = actor.groups.control
+    aside = begin_together(root, step, control)
+    snapshot = snapshot_of(actor, step, trainer_state, None)
+    everywhere = agreed(lambda: write(snapshot, aside, threading.Event()), control)
+    directory = commit_together(aside, snapshot, everywhere, control)
+    if control.rank() == 0:
+        for replaced in retire(directory, keep_last=None, keep_best=0):
+            remove(replaced)
+    return directory
+
+
+def begin_together(root: str | Path, step: int, control: dist.ProcessGroup) -> Path:
+    """An empty directory aside, made by rank 0 and there on every rank. Raises CheckpointError on all. Collective."""
+    name = agreed(lambda: str(begin_aside(Path(root), step)) if control.rank() == 0 else None, control)[0]
+    assert name is not None, "rank 0 names the directory"
+    aside = Path(name)
+
+    def require_directory() -> None:
+        if not aside.is_dir():
+            raise CheckpointError(f"{aside}, which rank 0 made, is not there on every rank: see all one file system?")
+
+    agreed(require_directory, control)
+    return aside
+
+
+def commit_together(aside: Path, snapshot: Snapshot, everywhere: Sequence[Written], control: dist.ProcessGroup) -> Path:
+    """Make what all ranks wrote a checkpoint: rank 0 adds the description and the manifest, renames and points at it.
+
+    Raises CheckpointError on every rank. Collective.
+    """
+
+    def commit_all() -> str | None:
+        if snapshot.metadata is None:
+            return None
+        entries = {name: entry for written in everywhere for name, entry in written.entries.items()}
+        entries[METADATA] = write_metadata(aside, snapshot.metadata, everywhere)
+        seal(aside, entries)
+        return str(commit(aside))
+
+    name = agreed(commit_all, control)[0]
+    assert name is not None, "rank 0 planned for all"
+    return Path(name)
+
+
+def snapshot_of(actor: Actor, step: int, trainer_state: Mapping[str, Any] | None, score: float | None) -> Snapshot:
+    """This rank's part of the checkpoint after `step` finished steps, in memory of its own.
+
+    `trainer_state` and `score` (rank 0; JSON) are written as they are. Raises CheckpointError on every rank when one
+    cannot take its part. Collective over all ranks.
     """
     rank, control = actor.layout.rank, actor.groups.control
-    aside = agreed(lambda: str(begin_aside(Path(root), step)) if rank == 0 else None, control)[0]
-    assert aside is not None, "rank 0 names the directory"
-    directory = Path(aside)
-    gather_parameters(actor.chunks)
-    with _writing_in_this_process():
-        try:
-            dist_checkpointing.save(_sharded_state(actor, is_loading=False), aside, content_metadata=_format(actor))
-        except (CheckpointException, OSError) as error:  # raised on every rank
-            raise CheckpointError(f"the checkpoint {root}/step_{step:07d} cannot be written: {error}") from error
+    small_files: dict[str, bytes] = {}
 
-    def write_rest() -> None:
-        torch.save(_rng_state(), directory / f"rng_{rank}.pt")
+    def take_small_files() -> None:
+        small_files[f"rng_{rank}.pt"] = saved(_rng_state())
         if rank == 0:
-            state = {"step": step, "model": _model_of(actor), "layout": _layout_of(actor), "trainer": trainer_state}
-            (directory / RUN_STATE).write_text(json.dumps(state), encoding="utf-8")
+            model, layout = _model_of(actor), _layout_of(actor)
+            state = {"step": step, "model": model, "layout": layout, "trainer": trainer_state, "score": score}
+            small_files[RUN_STATE] = json.dumps(state).encode()
 
-    agreed(write_rest, control)
-    seal(directory, control)
-    agreed(lambda: commit(directory).name if rank == 0 else None, control)
+    agreed(take_small_files, control)
+    gather_parameters(actor.chunks)
+    snapshots: list[Snapshot] = []
+
+    def take() -> None:
+        fresh: list[torch.Tensor] = []
+        state = {**_sharded_state(actor, fresh, is_loading=False), "content_metadata": _format(actor)}
+        snapshots.append(take_snapshot(state, fresh, small_files, control))
+
+    agreed(take, control)
+    return snapshots[0]
 
 
 def load_checkpoint(actor: Actor, directory: Path) -> bool:
@@ -73,24 +126,17 @@ def load_checkpoint(actor: Actor, directory: Path) -> bool:
     run goes on bit for bit. Raises CheckpointError when it holds another model or optimizer or was trained with another
     schedule; the actor is then of no further use. Collective over all ranks.
     """
+    control = actor.groups.control
     state = read_run_state(directory)
     require_same_architecture(directory, state["model"], _model_of(actor))
-    register_safe_globals()
     _allocate_optimizer_state(actor)
     wanted = _hyperparameters(actor)
-    try:
-        loaded = dist_checkpointing.load(_sharded_state(actor, is_loading=True), str(directory))
-    except (CheckpointException, CheckpointingException, RuntimeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{directory} does not fit this model: {error}") from error
-    for index, chunk in enumerate(actor.chunks):
-        unwrapped(chunk).load_state_dict(loaded["model"][f"chunk_{index}"])
-    actor.optimizer.load_state_dict(_fitted_optimizer_state(actor, loaded["optimizer"]))
-    actor.scheduler.num_steps = 0  # it adds what it loads
-    actor.scheduler.load_state_dict(loaded["scheduler"])
+    loaded = load_sharded(_sharded_state(actor, [], is_loading=True), directory, control)
+    agreed(lambda: _take_over(actor, loaded, directory), control)
     _require_same_hyperparameters(directory, _hyperparameters(actor), wanted)
     same_layout = state["layout"] == _layout_of(actor)
     if same_layout:
-        _set_rng_state(torch.load(directory / f"rng_{actor.layout.rank}.pt", weights_only=True))
+        agreed(lambda: _set_rng_state(directory / f"rng_{actor.layout.rank}.pt"), control)
     return same_layout
 
 
@@ -99,12 +145,7 @@ def load_model(chunks: Sequence[nn.Module], directory: Path) -> None:
 
     Raises CheckpointError when its tensors do not fit. Collective over all ranks.
     """
-    register_safe_globals()
-    wanted = {"model": _sharded_model(chunks)}
-    try:
-        loaded = dist_checkpointing.load(wanted, str(directory))
-    except (CheckpointException, CheckpointingException, RuntimeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{directory} does not fit this model: {error}") from error
+    loaded = load_sharded({"model": _sharded_model(chunks)}, directory, dist.distributed_c10d._get_default_group())
     for index, chunk in enumerate(chunks):
         unwrapped(chunk).load_state_dict(loaded["model"][f"chunk_{index}"])
 
@@ -122,17 +163,24 @@ def require_same_architecture(directory: Path, saved: Mapping[str, Any], wanted:
             )
 
 
-@contextmanager
-def _writing_in_this_process() -> Iterator[None]:
-    """Spare a synchronous save the manager process through which megatron-core hands results over: it is started by
-    spawning, lives as long as this process, and survives its being killed."""
-    assert hasattr(filesystem_async, "_results_queue"), "megatron-core's FileSystemWriterAsync has changed"
-    before = filesystem_async._results_queue
-    filesystem_async._results_queue = queue.Queue()
+def _take_over(actor: Actor, loaded: dict[str, Any], directory: Path) -> None:
+    """Put what was loaded in its places. Raises CheckpointError naming a piece that is not there."""
+    for name in ("scheduler", "optimizer"):
+        if not isinstance(loaded.get(name), dict):
+            raise CheckpointError(f"{directory / COMMON} holds no state of the {name}: a piece of the run is missing")
+    for index, chunk in enumerate(actor.chunks):
+        unwrapped(chunk).load_state_dict(loaded["model"][f"chunk_{index}"])
     try:
-        yield
-    finally:
-        filesystem_async._results_queue = before
+        actor.optimizer.load_state_dict(_fitted_optimizer_state(actor, loaded["optimizer"]))
+    except (LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:
+        raise CheckpointError(
+            f"{directory / COMMON} holds an optimizer's state without, or with another, {reason(error)}"
+        ) from error
+    missing = actor.scheduler.state_dict().keys() - loaded["scheduler"].keys()
+    if missing:
+        raise CheckpointError(f"{directory / COMMON} holds a scheduler's state without {', '.join(sorted(missing))}")
+    actor.scheduler.num_steps = 0  # it adds what it loads
+    actor.scheduler.load_state_dict(loaded["scheduler"])
 
 
 def _allocate_optimizer_state(actor: Actor) -> None:
@@ -185,9 +233,10 @@ def _is_on_cpu(actor: Actor) -> bool:
     return actor.device.type == "cpu"
 
 
-def _sharded_state(actor: Actor, *, is_loading: bool) -> dict[str, Any]:
+def _sharded_state(actor: Actor, fresh: list[torch.Tensor], *, is_loading: bool) -> dict[str, Any]:
+    """megatron-core's description of model, optimizer and schedule. `fresh` gets the tensors that were made for it."""
     for part in _distributed_parts(actor):
-        part.get_parameter_state_dp_zero = functools.partial(_state_with_gaps, part)
+        part.get_parameter_state_dp_zero = functools.partial(_state_with_gaps, part, fresh)
         if _is_on_cpu(actor):
             part.data_parallel_group_gloo = part.data_parallel_group  # which is gloo already
     model = _sharded_model(actor.chunks)
@@ -207,7 +256,7 @@ def _sharded_model(chunks: Sequence[nn.Module]) -> dict[str, Any]:
     return {f"chunk_{index}": unwrapped(chunk).sharded_state_dict() for index, chunk in enumerate(chunks)}
 
 
-def _state_with_gaps(part: DistributedOptimizer, **options: Any) -> dict[Any, Any] | None:
+def _state_with_gaps(part: DistributedOptimizer, fresh: list[torch.Tensor], **options: Any) -> dict[Any, Any] | None:
     """`get_parameter_state_dp_zero` with every bucket where the buffer has it.
 
     megatron-core strings the buckets together without the padding at their ends, but then cuts parameters out at their
@@ -222,6 +271,7 @@ def _state_with_gaps(part: DistributedOptimizer, **options: Any) -> dict[Any, An
             for name, packed in tensors.items():
                 if name != "numel_unpadded":
                     tensors[name] = _spread(packed, buffer)
+                    fresh.append(tensors[name])
     return state
 
 
@@ -251,11 +301,11 @@ def _hyperparameters(actor: Actor) -> dict[str, Any]:
     return {**schedule, "adam_beta1": group["betas"][0], "adam_beta2": group["betas"][1], "adam_eps": group["eps"]}
 
 
-def _require_same_hyperparameters(directory: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def _require_same_hyperparameters(directory: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     for name, value in wanted.items():
-        if saved[name] != value:
+        if found[name] != value:
             raise CheckpointError(
-                f"{directory} was trained with {name} {saved[name]}, but this run's flags say {value}"
+                f"{directory} was trained with {name} {found[name]}, but this run's flags say {value}"
             )
 
 
@@ -277,8 +327,18 @@ def _rng_state() -> dict[str, Any]:
     return state
 
 
-def _set_rng_state(state: Mapping[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"])
-    get_cuda_rng_tracker().set_states(dict(state["tracker"]))
-    if torch.cuda.is_available() and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])
+def _set_rng_state(path: Path) -> None:
+    """Take the random states from `path`. Raises CheckpointError naming one that it does not hold."""
+    state, wanted = read_tensors(path), _rng_state()
+    for name in wanted:
+        if not isinstance(state, dict) or name not in state:
+            raise CheckpointError(f"{path} holds no {name!r} random state: a piece of the run's state is missing")
+    if not isinstance(state["tracker"], dict) or state["tracker"].keys() != wanted["tracker"].keys():
+        raise CheckpointError(f"{path} holds other random states than {sorted(wanted['tracker'])}")
+    try:
+        torch.set_rng_state(state["cpu"])
+        get_cuda_rng_tracker().set_states(dict(state["tracker"]))
+        if "cuda" in wanted:
+            torch.cuda.set_rng_state(state["cuda"])
+    except (RuntimeError, TypeError) as error:
+        raise CheckpointError(f"{path} holds a random state that cannot be set: {reason(error)}") from error

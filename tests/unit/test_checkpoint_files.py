@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import json
 import pickle
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed.checkpoint
+from checkpoint_on_disk import save, step_of_latest, write_aside
 
 from megatron_fipo.actor import checkpoint_files
 from megatron_fipo.actor.checkpoint_files import (
@@ -21,40 +17,9 @@ from megatron_fipo.actor.checkpoint_files import (
     begin_aside,
     commit,
     find_checkpoint,
-    read_run_state,
     seal,
     verify_checkpoint,
 )
-
-
-@functools.cache
-def torch_dist_files() -> dict[str, bytes]:
-    """A checkpoint of one tensor as torch writes it, by file name."""
-    with tempfile.TemporaryDirectory() as directory:
-        torch.distributed.checkpoint.save({"weight": torch.arange(64.0)}, checkpoint_id=directory, no_dist=True)
-        return {path.name: path.read_bytes() for path in Path(directory).iterdir()}
-
-
-def write_aside(root: Path, step: int) -> Path:
-    """What a save writes before it seals."""
-    aside = begin_aside(root, step)
-    for name, content in torch_dist_files().items():
-        (aside / name).write_bytes(content)
-    (aside / "rng_0.pt").write_bytes(b"state")
-    (aside / "run_state.json").write_text(json.dumps({"step": step, "trainer": {"surplus": []}}))
-    return aside
-
-
-def save(root: Path, step: int) -> Path:
-    aside = write_aside(root, step)
-    seal(aside)
-    return commit(aside)
-
-
-def step_of_latest(root: Path) -> int:
-    directory = find_checkpoint(root)
-    verify_checkpoint(directory)
-    return int(read_run_state(directory)["step"])
 
 
 def test_a_committed_checkpoint_is_found_and_whole(tmp_path: Path) -> None:
