@@ -74,6 +74,8 @@ class Offloader:
             gather_parameters(self._chunks)
         _wait(self._device)
         storages = self._storages()
+        shared = [part for part in leaving for storage in storages[part] if not storage.resizable()]
+        assert not shared, f"memory of {', '.join(sorted(set(shared)))} is shared with NumPy or another process"
         moved = {part: self._copied(part, storages[part]) for part in leaving}
         _wait(self._device)
         for part, tensors in moved.items():
@@ -118,15 +120,15 @@ class Offloader:
     def _storages(self) -> dict[Part, list[torch.UntypedStorage]]:
         """The storages on the device by part. One that several parts share belongs to the first of them: fp32
         parameters are their own masters, and MXFP8's buffer holds parameters and gradients in turn."""
-        found: dict[Part, list[torch.UntypedStorage]] = {}
+        owned: dict[Part, Iterator[Tensor]] = {
+            "parameters": parameters_of(self._chunks),
+            "gradients": gradients_of(self._chunks, self._optimizer),
+            "optimizer": optimizer_state(self._optimizer),
+        }
+        found: dict[Part, list[torch.UntypedStorage]] = {part: [] for part in PARTS}
         seen: set[int] = set()
-        for part, tensors in (
-            ("parameters", parameters_of(self._chunks)),
-            ("gradients", gradients_of(self._chunks, self._optimizer)),
-            ("optimizer", optimizer_state(self._optimizer)),
-        ):
-            found[part] = []
-            for tensor in tensors:
+        for part in PARTS:
+            for tensor in owned[part]:
                 storage = tensor.untyped_storage()
                 if tensor.device.type == self._device.type and storage._cdata not in seen:
                     seen.add(storage._cdata)

@@ -1,0 +1,121 @@
+"""The engines of one node, driven by that node's first rank, while the other ranks take part in collectives.
+
+Whatever fails between this rank and its engines is kept and told when all ranks report, never raised on the way: the
+others would wait for this rank's part of a collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+from megatron_fipo.rollout.engine import EngineAddress, EngineError, NoEngineLeft
+from megatron_fipo.rollout.pool import EnginePool
+from megatron_fipo.weights.architecture import Architecture
+from megatron_fipo.weights.bucket import WeightBucket
+from megatron_fipo.weights.engine_layout import expected_checksums
+
+T = TypeVar("T")
+Checksums = Sequence[Mapping[str, str]]  # one per tensor-parallel rank: parameter -> checksum
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """How an update went on one node: plain data, for every rank."""
+
+    served: tuple[str, ...]  # engines that now hold the weights
+    failed: Mapping[str, str]  # engines that do not, and why
+    failure: str | None  # what ended the update on this node, if anything did
+    is_final: bool  # none of its engines may be started again
+    addresses: Mapping[str, EngineAddress]  # where its engines are reached now, by name, for those who are not here
+
+
+class NodeEngines:
+    """A pool whose failures wait until they are asked for."""
+
+    def __init__(self, pool: EnginePool, *, tp_size: int, fp8: bool, device_type: str) -> None:
+        self.pool = pool
+        self._tp_size = tp_size
+        self._fp8 = fp8
+        self._device_type = device_type
+        self._failure: EngineError | None = None
+        self._restarts_checked = -1  # how many restarts of engines the last comparison had seen
+
+    def do(self, call: Callable[[], T]) -> T | None:
+        """`call()`, unless something has failed since `clear`; None when it fails, or when something has."""
+        if self._failure is not None:
+            return None
+        try:
+            return call()
+        except EngineError as failure:
+            self._failure = failure
+            return None
+
+    def clear(self) -> EngineError | None:
+        """What has failed since the last call."""
+        failure, self._failure = self._failure, None
+        return failure
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all the node's engines."""
+        return tuple(engine.name for engine in self.pool.engines)
+
+    @property
+    def holds_unchecked(self) -> bool:
+        """Whether an engine was started (again) since weights were last compared."""
+        return getattr(self.pool, "num_restarts_in_all", self._restarts_checked) != self._restarts_checked
+
+    def push(
+        self, buckets: Iterator[WeightBucket], arch: Architecture, *, with_checksums: bool
+    ) -> list[dict[str, str]] | None:
+        """Push every bucket, exhausting the stream whatever fails. `with_checksums`: returns what the engines must say
+        they hold afterwards, per tensor-parallel rank, computed from the buckets as they pass."""
+
+        def pushed() -> Iterator[WeightBucket]:
+            for bucket in buckets:
+                self.do(partial(self.pool.push_bucket, bucket))
+                yield bucket
+
+        if not with_checksums:
+            for _ in pushed():
+                pass
+            return None
+        return expected_checksums(arch, pushed(), tp_size=self._tp_size, fp8=self._fp8, device_type=self._device_type)
+
+    def check(self, expected: Checksums) -> None:
+        """Set every engine aside that holds something else. EngineError when none is left."""
+        before = getattr(self.pool, "num_restarts_in_all", self._restarts_checked)
+        reasons: list[str] = []
+        for name, found in self.pool.weight_checksums().items():
+            difference = first_difference(expected, found)
+            if difference is not None:
+                reasons.append(f"engine {name} holds other weights than it was sent: {difference}")
+                self.pool.mark_failed(name, reasons[-1])
+        self._restarts_checked = before
+        if len(self.pool.failed) == len(self.names):
+            reasons = reasons or list(self.pool.failed.values())
+            raise EngineError("no engine holds the weights it was sent:\n    " + "\n    ".join(reasons))
+
+    def report(self, *, with_addresses: bool) -> NodeReport:
+        """How it went since `clear`."""
+        failed = self.pool.failed
+        served = () if self._failure is not None else tuple(name for name in self.names if name not in failed)
+        failure = None if self._failure is None else str(self._failure)
+        addresses = {engine.name: engine.address for engine in self.pool.engines} if with_addresses else {}
+        return NodeReport(served, dict(failed), failure, isinstance(self._failure, NoEngineLeft), addresses)
+
+
+def first_difference(expected: Checksums, found: Checksums) -> str | None:
+    """Where what an engine holds first differs from what it should, naming rank and parameter; None: nowhere."""
+    if len(expected) != len(found):
+        return f"it answered for {len(found)} tensor-parallel ranks, not {len(expected)}"
+    for rank, (wanted, held) in enumerate(zip(expected, found)):
+        for name in sorted(set(wanted) | set(held)):
+            if wanted.get(name) != held.get(name):
+                says = "nothing" if name not in held else f"checksum {held[name]}"
+                instead = wanted.get(name, "nothing")
+                return f"its rank {rank} has {says} for {name}, not {instead}"
+    return None
