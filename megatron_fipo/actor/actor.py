@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from megatron_fipo.actor.optimizer import build_optimizer, build_scheduler
 from megatron_fipo.actor.owned_tensors import require_on_device
 from megatron_fipo.actor.reference import ReferenceWeights, copy_weights, weights_lent
 from megatron_fipo.actor.setup import Groups
+from megatron_fipo.actor.weight_stream import export_buckets
 from megatron_fipo.actor.weights import WeightTable, export_weights, load_hf_weights, weight_table
 from megatron_fipo.config import CorrectionSettings, PPOSettings, require
 from megatron_fipo.losses import collect_token_stats, correction_metrics, update_histograms, update_metrics
@@ -29,6 +30,8 @@ from megatron_fipo.ops.zigzag import zigzag_indices
 from megatron_fipo.parallel import ParallelLayout
 from megatron_fipo.types import PackedBatch, TrainSequence
 from megatron_fipo.weights.architecture import Architecture, check_layout, padded_vocab_size
+from megatron_fipo.weights.bucket import WeightBucket
+from megatron_fipo.weights.buffers import BucketBuffers
 from megatron_fipo.weights.hf_files import HFWeights
 
 NO_CORRECTION = CorrectionSettings()
@@ -52,6 +55,7 @@ class Actor:
     row_multiple: int  # what the rows of a rank's packs are padded to a multiple of
     share_prompts: bool  # compute a prompt that samples of a micro-batch share once
     reference: ReferenceWeights | None  # the weights of --hf-checkpoint; None without a KL term
+    buffers: BucketBuffers = field(default_factory=BucketBuffers)
 
     def old_logprobs(self, mini_batches: Sequence[Sequence[TrainSequence]]) -> tuple[list[Tensor], list[Tensor]]:
         """Log-probs and entropies of this rank's sequences under the current weights, forward only.
@@ -137,6 +141,25 @@ class Actor:
         """The current weights as (Hugging Face name, tensor), on rank 0; every rank must exhaust the iterator."""
         gather_parameters(self.chunks)
         return export_weights(self.chunks, self.arch, self.layout, self.groups, self.table)
+
+    def export_buckets(
+        self, bucket_bytes: int, *, receivers: Sequence[int] = (0,), fp8: bool = False
+    ) -> Iterator[WeightBucket]:
+        """The current weights in buckets for the engines, on each rank of `receivers`; every rank must exhaust it.
+
+        With `fp8` linear weights are block-quantised on the way (weights/fp8.py).
+        """
+        gather_parameters(self.chunks)
+        return export_buckets(
+            self.chunks,
+            self.arch,
+            self.layout,
+            self.table,
+            self.buffers,
+            bucket_bytes,
+            receivers=receivers,
+            quantise=fp8,
+        )
 
     def _packed(
         self,

@@ -49,7 +49,7 @@ def load_hf_weights(
 ) -> None:
     """Fill this rank's parameters from a Hugging Face checkpoint, reading only what this rank holds."""
     with torch.no_grad():
-        for name, parameter in _global_parameters(chunks, arch, layout).items():
+        for name, parameter in global_parameters(chunks, arch, layout).items():
             is_dense = expert_of(name) is None
             tp_rank, tp_size = (layout.tp_rank, layout.tp) if is_dense else (layout.etp_rank, layout.etp)
             shard = shard_from_hf(name, arch, weights, tp_rank=tp_rank, tp_size=tp_size, padded_vocab=padded_vocab)
@@ -63,7 +63,7 @@ def weight_table(
     """Collect every stage's parameter names and shapes. Collective over the expert- and pipeline-parallel axes."""
     mine = [
         TableEntry(name, tuple(parameter.shape), None if expert_of(name) is None else layout.ep_rank)
-        for name, parameter in _global_parameters(chunks, arch, layout).items()
+        for name, parameter in global_parameters(chunks, arch, layout).items()
     ]
     shares: list[list[TableEntry]] = [[]] * layout.ep
     dist.all_gather_object(shares, mine, group=groups.ep)
@@ -89,13 +89,13 @@ def export_weights(
     exported tensors have one dtype. Collective: one all-gather over the (expert-)tensor-parallel axis per parameter and
     one transfer from its holder to rank 0, so at most one whole parameter is held beyond what the consumer keeps.
     """
-    named = {name: read(parameter) for name, parameter in _global_parameters(chunks, arch, layout).items()}
+    named = {name: read(parameter) for name, parameter in global_parameters(chunks, arch, layout).items()}
     example = next(iter(named.values()))
     for stage, entries in enumerate(table.stages):
         for entry in entries:
             if entry.name == OUTPUT and arch.tied:
                 continue  # the last stage's copy of the embedding
-            senders = _holders(entry, stage, layout)
+            senders = holders(entry, stage, layout)
             shards: list[Tensor] | None = None
             if layout.rank in senders:
                 group = groups.tp if entry.ep_rank is None else groups.etp
@@ -113,11 +113,16 @@ def export_weights(
                 yield from hf_from_shards(entry.name, arch, shards)
 
 
-def _holders(entry: TableEntry, stage: int, layout: ParallelLayout) -> range:
-    """The ranks whose shards make up one copy of a parameter, in order; of a replicated one the first rank alone."""
-    first, num_shards = stage * layout.tp * layout.cp * layout.dp, layout.tp
+def holders(entry: TableEntry, stage: int, layout: ParallelLayout, receiver: int = 0) -> range:
+    """The ranks whose shards make up one copy of a parameter, in order; of a replicated one the first rank alone.
+
+    Of the copies of a stage it is the one at the receiver's own data- and context-parallel place.
+    """
+    size = layout.tp * layout.cp * layout.dp  # ranks of a stage
+    span, offset, num_shards = layout.tp, 0, layout.tp
     if entry.ep_rank is not None:
-        first, num_shards = first + entry.ep_rank * layout.etp, layout.etp
+        span, offset, num_shards = layout.ep * layout.etp, entry.ep_rank * layout.etp, layout.etp
+    first = stage * size + receiver % size // span * span + offset
     return range(first, first + (1 if partition_of(entry.name) == "replicated" else num_shards))
 
 
@@ -138,7 +143,7 @@ def _gathered(local: Tensor, num_shards: int, group: dist.ProcessGroup) -> list[
     return shards
 
 
-def _global_parameters(
+def global_parameters(
     chunks: Sequence[nn.Module], arch: Architecture, layout: ParallelLayout
 ) -> dict[str, nn.Parameter]:
     """This rank's parameters under global names (layers and experts count from the model's first), checked to be the

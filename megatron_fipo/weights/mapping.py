@@ -195,25 +195,60 @@ def shard_from_hf(
 def hf_from_shards(name: str, arch: Architecture, shards: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
     """The Hugging Face tensors in the Megatron parameter `name`, from its shards in tensor-parallel order.
 
-    A replicated parameter needs only one shard. Vocabulary padding is cut off; a tied output layer yields nothing. The
-    tensors may be views of the shards.
+    A replicated parameter needs only one shard, and is that shard. Vocabulary padding is cut off; a tied output layer
+    yields nothing.
     """
-    partition, names = partition_of(name), hf_names_of(name)
     if arch.tied and name == OUTPUT:
         return []
-    if partition == "replicated":
-        return [(names[0], shards[0])]
+    if partition_of(name) == "replicated":
+        return [(hf_names_of(name)[0], shards[0])]
+    found = []
+    for index, (hf, shape) in enumerate(hf_shapes_of(name, arch, tuple(shards[0].shape), len(shards))):
+        whole = shards[0].new_empty(shape)
+        write_hf(name, arch, shards, index, whole)
+        found.append((hf, whole))
+    return found
+
+
+def hf_shapes_of(
+    name: str, arch: Architecture, shard: tuple[int, ...], num_shards: int
+) -> list[tuple[str, tuple[int, ...]]]:
+    """The Hugging Face tensors that `num_shards` shards of this shape make up, with their shapes."""
+    partition, names = partition_of(name), hf_names_of(name)
+    if partition == "qkv":
+        shapes = [(arch.num_query_groups * width, *shard[1:]) for width in _qkv_widths(arch)]
+    elif partition == "gate_up":
+        shapes = [(shard[0] // 2 * num_shards, *shard[1:])] * 2
+    elif partition == "row":
+        shapes = [(shard[0], shard[1] * num_shards)]
+    elif partition == "vocab":
+        assert shard[0] * num_shards >= arch.vocab_size, (name, shard, num_shards, arch.vocab_size)
+        shapes = [(arch.vocab_size, *shard[1:])]
+    else:
+        shapes = [shard]
+    return list(zip(names, shapes, strict=True))
+
+
+def write_hf(name: str, arch: Architecture, shards: Sequence[Tensor], index: int, out: Tensor) -> None:
+    """Write the `index`-th of the Hugging Face tensors in the Megatron parameter `name` to `out`, of its shape."""
+    partition = partition_of(name)
     assert len({tuple(shard.shape) for shard in shards}) == 1, f"{name}: {[tuple(s.shape) for s in shards]}"
-    if partition == "gate_up":
-        gates, ups = zip(*(shard.chunk(2) for shard in shards), strict=True)
-        return [(names[0], _join(gates, 0)), (names[1], _join(ups, 0))]
-    whole = _join(shards, 1 if partition == "row" else 0)
-    if partition == "row":
-        return [(names[0], whole)]
-    if partition == "vocab":
-        assert whole.shape[0] >= arch.vocab_size, f"{name}: {whole.shape[0]} rows for {arch.vocab_size} tokens"
-        return [(names[0], whole[: arch.vocab_size])]
-    return list(zip(names, _split_qkv(whole, arch), strict=True))
+    if partition == "replicated":
+        out.copy_(shards[0])
+        return
+    out = out.unflatten(0, (arch.num_query_groups, -1)) if partition == "qkv" else out
+    dim, start = 1 if partition == "row" else 0, 0
+    for shard in shards:
+        part = shard
+        if partition == "gate_up":
+            part = shard.chunk(2)[index]
+        elif partition == "qkv":
+            part = shard.unflatten(0, (-1, sum(_qkv_widths(arch)))).split(_qkv_widths(arch), dim=1)[index]
+        elif partition == "vocab":
+            part = shard[: max(arch.vocab_size - start, 0)]
+        out.narrow(dim, start, part.size(dim)).copy_(part)
+        start += part.size(dim)
+    assert start == out.size(dim), f"{name}: {start} of {out.size(dim)} along dimension {dim}"
 
 
 def checked_stream(arch: Architecture, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -273,13 +308,7 @@ def _fuse_qkv(parts: Sequence[Tensor], num_groups: int) -> Tensor:
     return torch.cat(grouped, dim=1).flatten(0, 1)
 
 
-def _split_qkv(fused: Tensor, arch: Architecture) -> list[Tensor]:
-    """The inverse of `_fuse_qkv`, of all groups."""
-    dim, num_groups = arch.kv_channels, arch.num_query_groups
-    grouped = fused.view(num_groups, -1, *fused.shape[1:])
-    parts = grouped.split([arch.num_attention_heads // num_groups * dim, dim, dim], dim=1)
-    return [part.flatten(0, 1) for part in parts]
-
-
-def _join(shards: Sequence[Tensor], dim: int) -> Tensor:
-    return shards[0] if len(shards) == 1 else torch.cat(list(shards), dim=dim)
+def _qkv_widths(arch: Architecture) -> list[int]:
+    """Rows of q, k and v in one query group."""
+    dim = arch.kv_channels
+    return [arch.num_attention_heads // arch.num_query_groups * dim, dim, dim]

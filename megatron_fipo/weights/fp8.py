@@ -1,0 +1,61 @@
+"""Rollout weights in FP8: blocks of 128 x 128 with a scale each, in the format of DeepSeek's published checkpoints.
+
+A quantised weight [N, K] is two tensors: the weight, float8_e4m3fn, and NAME_scale_inv, fp32 [ceil(N / 128),
+ceil(K / 128)], such that weight x scale_inv of its block is the original (arXiv 2412.19437, section 3.3).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK = 128
+FP8_MAX = 448.0  # of float8_e4m3fn
+QUANTIZATION_CONFIG = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [BLOCK, BLOCK],
+}
+"""What config.json says of a model in this format; an engine that is to be sent FP8 weights must be started with it."""
+
+_QUANTISED = tuple(
+    f".{projection}_proj.weight" for projection in ("q", "k", "v", "o", "gate", "up", "down")
+)  # of attention, FFN and experts; embedding, norms, biases, router and output layer stay as they are
+
+
+def is_quantised(name: str) -> bool:
+    """Whether the Hugging Face tensor `name` becomes FP8: the weights of linear layers."""
+    return name.endswith(_QUANTISED)
+
+
+def quantised_tensors(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    """Name, shape and dtype of the two tensors that a quantised weight becomes, in the order of `quantise`."""
+    num_blocks = tuple(-(-size // BLOCK) for size in shape)
+    return [(name, shape, torch.float8_e4m3fn), (f"{name}_scale_inv", num_blocks, torch.float32)]
+
+
+def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`weight` [N, K] as (float8_e4m3fn [N, K], scale_inv fp32 [ceil(N / 128), ceil(K / 128)]).
+
+    scale_inv is the block's largest magnitude / 448, so an element is off by at most 1/16 of itself, or by
+    scale_inv / 1024 where that is more. A block of zeros has scale_inv 1. NaN and infinity raise ValueError: FP8 would
+    hide them.
+    """
+    num_rows, num_columns = weight.shape
+    padded = torch.nn.functional.pad(weight.float(), (0, -num_columns % BLOCK, 0, -num_rows % BLOCK))
+    blocks = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))  # [N / 128, 128, K / 128, 128]
+    largest = blocks.abs().amax(dim=(1, 3))
+    if not bool(largest.isfinite().all()):
+        raise ValueError(f"a weight of shape {tuple(weight.shape)} has NaN or infinite elements: it has no FP8 form")
+    scale_inv = torch.where(largest > 0, largest / FP8_MAX, 1.0)
+    scaled = (blocks / scale_inv[:, None, :, None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    quantised = scaled.flatten(2, 3).flatten(0, 1)[:num_rows, :num_columns]
+    return quantised.contiguous(), scale_inv
+
+
+def dequantise(weight: Tensor, scale_inv: Tensor) -> Tensor:
+    """fp32 [N, K]: what an engine computes with."""
+    num_rows, num_columns = weight.shape
+    scales = scale_inv.repeat_interleave(BLOCK, 0)[:num_rows].repeat_interleave(BLOCK, 1)[:, :num_columns]
+    return weight.float() * scales
