@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 from fault_table import FaultTable
+from fork_server import ForkServer
 from left_behind import nothing_left_behind
+from runs import Runs, fork_server, write_inputs
 
 TABLE = pytest.StashKey[FaultTable]()
 
@@ -41,6 +43,28 @@ def pytest_runtest_call(item: pytest.Item) -> None:
 def faults(pytestconfig: pytest.Config) -> FaultTable:
     """Where every injected fault is recorded: `faults.record(kind, name, outcome, ok)`."""
     return pytestconfig.stash[TABLE]
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[ForkServer]:
+    """What runs are forked by; started by the first test that wants it."""
+    with fork_server() as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def runs(server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Runs of one rank on recorded rollouts."""
+    return Runs(server, write_inputs(tmp_path_factory.mktemp("inputs")))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run of `runs` that nothing disturbed."""
+    directory = tmp_path_factory.mktemp("undisturbed")
+    ended = runs.run(directory)
+    assert ended.statuses == [0], ended.stderr
+    return directory
 
 
 @pytest.fixture(autouse=True)

@@ -39,9 +39,10 @@ def inject(faults: Sequence[Mapping[str, Any]]) -> None:
     """Wrap what the faults of this rank name, wherever the product has imported it."""
     rank = int(os.environ.get("RANK", "0"))
     main = os.getpid()
-    for fault in faults:
+    for index, fault in enumerate(faults):
         if fault.get("rank", 0) in (None, rank):
-            _wrap(fault["at"], functools.partial(_faulty, fault=fault, main=main))
+            counter = f"{os.environ[DONE]}.{rank}.{index}"
+            _wrap(fault["at"], functools.partial(_faulty, fault=fault, main=main, counter=counter))
 
 
 def _wrap(name: str, decorate: Callable[[Any], Any]) -> None:
@@ -61,15 +62,22 @@ def _wrap(name: str, decorate: Callable[[Any], Any]) -> None:
                 setattr(module, last, replacement)
 
 
-def _faulty(function: Callable[..., Any], *, fault: Mapping[str, Any], main: int) -> Callable[..., Any]:
-    calls = [0]
+def _faulty(function: Callable[..., Any], *, fault: Mapping[str, Any], main: int, counter: str) -> Callable[..., Any]:
+    os_open, os_write, os_close = os.open, os.write, os.close  # which may be what is wrapped
+
+    def count() -> int:
+        """The number of this call, among those of all processes that the rank has forked."""
+        descriptor = os_open(counter, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os_write(descriptor, b".")
+        number = os.lseek(descriptor, 0, os.SEEK_CUR)
+        os_close(descriptor)
+        return number
 
     def call(*arguments: Any, **options: Any) -> Any:
         pattern = fault.get("path")
         if pattern is not None and not any(fnmatch(str(value), pattern) for value in (*arguments, *options.values())):
             return function(*arguments, **options)
-        calls[0] += 1
-        if calls[0] != fault.get("call", 1):
+        if count() != fault.get("call", 1):
             return function(*arguments, **options)
         if fault["when"] == "after":
             result = function(*arguments, **options)

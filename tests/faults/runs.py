@@ -22,6 +22,7 @@ import torch
 from fake_rollouts import Engine, make_collector
 from fault_program import DONE
 from fork_server import ForkedRun, ForkServer
+from megatron.core.safe_globals import register_safe_globals
 from processes import rank_environment
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.distributed.checkpoint import FileSystemReader
@@ -53,7 +54,9 @@ REPLAYED_FLAGS: dict[str, Any] = {
 }
 NOT_REPEATED = ("time/", "tokens_per_s", "memory")  # in the names of what depends on the machine's mood
 RECORDS = ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl")
-UNORDERED = (".metadata", "manifest.json")  # files of a checkpoint that hold the same in another order
+COMMON = "common.pt"
+# files of a checkpoint whose bytes say more than they hold: the order of writing, or which objects are one
+COMPARED_BY_VALUE = (".metadata", "manifest.json", COMMON)
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,8 @@ class Runs:
         directory.mkdir(parents=True, exist_ok=True)
         arguments = arguments_of({**self.input_flags(), **REPLAYED_FLAGS, **self.flags, **_flags(more)})
         done = directory / "faults-done.txt"
-        done.unlink(missing_ok=True)
+        for path in directory.glob(f"{done.name}*"):
+            path.unlink()
         store = torch.distributed.TCPStore(
             "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=datetime.timedelta(seconds=RUN_WITHIN_S)
         )
@@ -249,16 +253,39 @@ def last_checkpoint(directory: Path) -> Path:
 def checkpoint_differences(found: Path, wanted: Path) -> list[str]:
     """Files of two checkpoints of one layout that differ in a byte, and tensors that lie elsewhere."""
     hashes = [
-        {path.name: _sha256(path) for path in sorted(directory.iterdir()) if path.name not in UNORDERED}
+        {path.name: _sha256(path) for path in sorted(directory.iterdir()) if path.name not in COMPARED_BY_VALUE}
         for directory in (found, wanted)
     ]
     names = sorted(hashes[0].keys() | hashes[1].keys())
     lines = [f"checkpoint: {name}" for name in names if hashes[0].get(name) != hashes[1].get(name)]
+    common = [list(_leaves(_load_common(directory / COMMON), "")) for directory in (found, wanted)]
+    lines += [f"checkpoint: {COMMON}: {ours}, not {theirs}" for ours, theirs in zip(*common) if ours != theirs]
+    if len(common[0]) != len(common[1]):
+        lines.append(f"checkpoint: {COMMON}: {len(common[0])} values, not {len(common[1])}")
     layouts = [FileSystemReader(directory).read_metadata() for directory in (found, wanted)]
     for part in ("state_dict_metadata", "storage_data"):
         if getattr(layouts[0], part) != getattr(layouts[1], part):
             lines.append(f"checkpoint: .metadata: {part}")
     return lines
+
+
+def _load_common(path: Path) -> Any:
+    register_safe_globals()
+    return torch.load(path, weights_only=True)
+
+
+def _leaves(value: Any, name: str) -> Iterator[tuple[str, str]]:
+    """Names and exact values of all that nested dictionaries and lists hold, in order."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from _leaves(part, f"{name}/{key}")
+    elif isinstance(value, list | tuple):
+        for index, part in enumerate(value):
+            yield from _leaves(part, f"{name}/{index}")
+    elif isinstance(value, torch.Tensor):
+        yield name, f"{value.dtype} {tuple(value.shape)} {value.reshape(-1).tolist()}"
+    else:
+        yield name, repr(value)
 
 
 def committed_steps(directory: Path) -> list[int]:
