@@ -61,7 +61,12 @@ def load_each(model_dir: str, roots: dict[str, str]) -> dict[str, dict[str, Any]
 def class_attributes() -> set[str]:
     """The attributes of the classes that a checkpoint's metadata is made of."""
     classes = [metadata.Metadata, metadata.MetadataIndex, metadata.TensorStorageMetadata, filesystem._StorageInfo]
-    return {f"{cls.__qualname__}.{name}" for cls in [*classes, planner.SavePlan, torch.Size] for name in vars(cls)}
+    return {
+        f"{cls.__qualname__}.{name}"
+        for cls in [*classes, planner.SavePlan, torch.Size]
+        for name in vars(cls)
+        if name != "__slotnames__"
+    }
 
 
 def outcome_of(actor: Any, root: str) -> str:
