@@ -3,87 +3,46 @@ fails loudly and leaves nothing behind."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from processes import TESTS, run_ranks
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
+from tiny_engines import (
+    EOS,
+    PROMPTS,
+    bits,
+    greedy_matches,
+    left_behind,
+    listening_addresses,
+    logprobs_under,
+    own_segments,
+    push,
+    requests_for,
+    start,
+    tiny_experts,
+    tiny_llama,
+    tiny_qwen2,
+    weights_of,
 )
 
-from megatron_fipo.rollout.engine import EngineError
+from megatron_fipo.rollout.engine import NO_VERSION, EngineError
 from megatron_fipo.rollout.pool import EnginePool
 from megatron_fipo.rollout.process_group import group_members
-from megatron_fipo.rollout.server_process import start_engine
 from megatron_fipo.rollout.sglang_engine import SGLangEngine
-from megatron_fipo.types import Completion, GenerateRequest, SamplingSettings
+from megatron_fipo.types import GenerateRequest
 from megatron_fipo.weights.bucket import make_buckets
-
-VOCAB = 160
-EOS = 7
-PROMPTS = [list(range(20, 20 + length)) for length in (3, 9, 17, 30)]
-SHAPE = dict(  # noqa: C408
-    vocab_size=VOCAB,
-    hidden_size=48,
-    intermediate_size=80,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=512,
-    bos_token_id=1,
-    eos_token_id=EOS,
-)
-
-
-def tiny_llama(seed: int) -> PreTrainedModel:
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=False, initializer_range=0.3)).eval()
-
-
-def tiny_qwen2(seed: int) -> PreTrainedModel:
-    torch.manual_seed(seed)
-    return Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=True, initializer_range=0.3)).eval()
-
-
-def tiny_experts(seed: int) -> PreTrainedModel:
-    torch.manual_seed(seed)
-    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, **experts, head_dim=16, initializer_range=0.3)).eval()
-
-
-def start(model: PreTrainedModel, directory: Path, *, tp_size: int = 1, **server_args: object) -> SGLangEngine:
-    model.save_pretrained(directory / "model")
-    return start_engine(
-        str(directory / "model"),
-        name="engine0",
-        dtype="float32",
-        tp_size=tp_size,
-        context_length=256,
-        random_seed=0,
-        log_path=str(directory / "engine.log"),
-        start_timeout_s=150,
-        request_timeout_s=120,
-        server_args={"max_total_tokens": 8192, **server_args},
-        use_cpu=True,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -98,81 +57,6 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[SGLangEn
     finally:
         one_rank.shutdown()
         two_ranks.shutdown()
-
-
-def requests_for(
-    prompts: list[list[int]], *, num_samples: int, length: int, temperature: float
-) -> list[GenerateRequest]:
-    return [
-        GenerateRequest(
-            uid=f"{index}/{sample}",
-            prompt_ids=np.asarray(prompt, dtype=np.int64),
-            sampling=SamplingSettings(max_response_len=length, temperature=temperature),
-            seed=1000 * index + sample,
-        )
-        for index, prompt in enumerate(prompts)
-        for sample in range(num_samples)
-    ]
-
-
-def weights_of(model: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
-    tied = model.config.tie_word_embeddings
-    return [(name, tensor) for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")]
-
-
-def push(engine: SGLangEngine, weights: list[tuple[str, torch.Tensor]], version: int) -> None:
-    engine.begin_weight_update()
-    for bucket in make_buckets(weights, bucket_bytes=64 << 10):
-        engine.push_bucket(bucket)
-    engine.end_weight_update(version)
-
-
-def greedy(model: PreTrainedModel, prompt: list[int], length: int) -> list[int]:
-    ids = list(prompt)
-    with torch.no_grad():
-        while len(ids) < len(prompt) + length and (len(ids) == len(prompt) or ids[-1] != EOS):
-            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-    return ids[len(prompt) :]
-
-
-def logprobs_under(model: PreTrainedModel, prompt: list[int], response: list[int]) -> np.ndarray:
-    """[R] log-probs of the response's tokens at temperature 1."""
-    with torch.no_grad():
-        logprobs = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
-    positions = torch.arange(len(prompt) - 1, len(prompt) + len(response) - 1)
-    return logprobs[positions, torch.tensor(response)].numpy()
-
-
-def own_segments() -> list[str]:
-    return [name for name in os.listdir("/dev/shm") if name.startswith(f"torch_{os.getpid()}_")]
-
-
-def left_behind(before: set[str]) -> list[str]:
-    """What an engine may leave in /dev/shm. Segments of engines that other programs run meanwhile are mapped."""
-    new = [name for name in set(os.listdir("/dev/shm")) - before if name.startswith(("sglang", "sem.mp"))]
-    maps = ""
-    for path in Path("/proc").glob("[0-9]*/maps"):
-        with suppress(OSError):  # the process ended meanwhile
-            maps += path.read_text()
-    return [name for name in new if name not in maps]
-
-
-def generate_for_ever(engine: SGLangEngine, requests: list[GenerateRequest]) -> None:
-    while True:
-        engine.generate(requests)
-
-
-def greedy_matches(engine: SGLangEngine, model: PreTrainedModel) -> bool:
-    completions = engine.generate(requests_for(PROMPTS, num_samples=1, length=12, temperature=0.0))
-    return all(
-        completion.token_ids.tolist() == greedy(model, prompt, 12)
-        and np.abs(completion.logprobs - logprobs_under(model, prompt, completion.token_ids.tolist())).max() < 2e-5
-        for prompt, completion in zip(PROMPTS, completions, strict=True)
-    )
-
-
-def bits(completions: list[Completion]) -> list[tuple[str, list[int], bytes]]:
-    return [(item.uid, item.token_ids.tolist(), item.logprobs.tobytes()) for item in completions]
 
 
 @pytest.mark.parametrize(("index", "build"), [(0, tiny_llama), (1, tiny_qwen2)], ids=["llama-tp1", "qwen2-tp2"])
@@ -257,6 +141,118 @@ def test_a_pool_serves_one_version_from_all_engines(engines) -> None:
     assert {item.weight_version for item in completions} == {77}
 
 
+def test_every_socket_of_an_engine_is_this_machines_alone(engines) -> None:
+    for engine in engines:
+        addresses, paths = listening_addresses(engine)
+        assert addresses == {"127.0.0.1"}
+        assert paths
+        assert {path.parent for path in paths} == {Path(engine.process.scratch_dir)}
+        assert Path(engine.process.scratch_dir).stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize(("index", "build"), [(0, tiny_llama), (1, tiny_qwen2)], ids=["llama-tp1", "qwen2-tp2"])
+def test_weights_by_broadcast_are_served_and_leave_the_trainers_groups_alone(engines, index, build) -> None:
+    engine, model, other = engines[index], build(31), build(32)
+    shared_memory = engine.address
+    engine.address = dataclasses.replace(shared_memory, update_backend="gloo")
+    ours = psutil.Process()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        before = {connection.laddr for connection in ours.net_connections() if connection.status == "LISTEN"}
+        default = dist.group.WORLD
+        push(engine, weights_of(other), engine.weight_version + 1)
+        push(engine, weights_of(model), engine.weight_version + 1)
+        assert greedy_matches(engine, model)
+        assert dist.group.WORLD is default
+        assert dist.get_world_size(dist.new_group([0])) == 1
+        value = torch.ones(1)
+        dist.all_reduce(value)
+        assert value == 1
+        after = {connection.laddr for connection in ours.net_connections() if connection.status == "LISTEN"}
+        assert after > before
+        assert {place.ip for place in after - before} == {"127.0.0.1"}
+        assert listening_addresses(engine)[0] == {"127.0.0.1"}
+        push(engine, weights_of(other)[::2], engine.weight_version + 1)
+        assert not greedy_matches(engine, model)
+    finally:
+        dist.destroy_process_group()
+        engine.address = shared_memory
+    push(engine, weights_of(model), engine.weight_version + 1)
+    assert greedy_matches(engine, model)
+
+
+def test_an_engine_serves_nobody_between_two_versions(engines) -> None:
+    engine, model = engines[0], tiny_llama(9)
+    requests = requests_for(PROMPTS[:1], num_samples=1, length=2, temperature=1.0)
+    version = engine.weight_version + 1
+    engine.begin_weight_update()
+    assert engine.weight_version == NO_VERSION
+    for bucket in make_buckets(weights_of(model), bucket_bytes=1 << 20):
+        with pytest.raises(EngineError, match="engine0 cannot generate: it was given no whole set of weights"):
+            engine.generate(requests)
+        engine.push_bucket(bucket)
+    with pytest.raises(EngineError, match="engine0 cannot score"):
+        engine.score([requests[0].prompt_ids])
+    with pytest.raises(EngineError, match="its last weight update broke off, it must be started again"):
+        engine.begin_weight_update()
+    engine.end_weight_update(version)
+    assert engine.weight_version == version
+    assert greedy_matches(engine, model)
+
+
+def test_checksums_follow_the_weights_on_every_rank(engines) -> None:
+    for engine, build, tp_size in ((engines[0], tiny_llama, 1), (engines[1], tiny_qwen2, 2)):
+        seen = []
+        for seed in (51, 52, 51):
+            push(engine, weights_of(build(seed)), engine.weight_version + 1)
+            seen.append(engine.weight_checksums())
+        assert len(seen[0]) == tp_size
+        assert "model.layers.0.mlp.gate_up_proj.weight" in seen[0][0]
+        assert seen[0] == seen[2]
+        changed = [name for name in seen[0][0] if seen[0][0][name] != seen[1][0][name]]
+        assert [name for name in seen[0][0] if name not in changed and "norm" not in name and "bias" not in name] == []
+
+
+def test_memory_is_released_and_resumed_by_tag(engines) -> None:
+    """On a CPU nothing is freed: what is left to see are the calls, their order and what the engine refuses."""
+    for engine, build in ((engines[0], tiny_llama), (engines[1], tiny_qwen2)):
+        requests = requests_for(PROMPTS[:1], num_samples=1, length=2, temperature=1.0)
+        engine.generate(requests)
+        engine.release_memory(["kv_cache"])
+        with pytest.raises(EngineError, match=r"cannot generate: its memory is released \(kv_cache\)"):
+            engine.generate(requests)
+        with pytest.raises(EngineError, match="told to release kv_cache twice"):
+            engine.release_memory(["weights", "kv_cache"])
+        with pytest.raises(EngineError, match="told to resume weights, which it has not released"):
+            engine.resume_memory(["weights"])
+        version = engine.weight_version
+        engine.release_memory(["weights"])
+        assert engine.weight_version == NO_VERSION
+        with pytest.raises(EngineError, match="the memory of its weights is released"):
+            engine.begin_weight_update()
+        engine.resume_memory(["weights"])
+        push(engine, weights_of(build(61)), version + 1)
+        engine.resume_memory(["kv_cache"])
+        assert greedy_matches(engine, build(61))
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["tp1", "tp2"])
+def test_health_checks_are_answered_while_generating_and_change_no_bit(engines, index) -> None:
+    engine = engines[index]
+    requests = requests_for(PROMPTS, num_samples=8, length=60, temperature=1.0)
+    expected = bits(engine.generate(requests))
+    found: list[object] = []
+    busy = threading.Thread(target=lambda: found.extend(bits(engine.generate(requests))))
+    busy.start()
+    checks = 0
+    while busy.is_alive():
+        engine.check_health(30)
+        checks += 1
+    busy.join()
+    assert found == expected
+    assert checks > 1
+
+
 def test_no_shared_memory_is_left_after_updates(engines) -> None:
     push(engines[0], weights_of(tiny_llama(1)), engines[0].weight_version + 1)
     deadline = time.monotonic() + 5  # torch's manager removes a file shortly after its last user let go
@@ -287,28 +283,6 @@ def test_an_idle_engine_uses_no_cpu(engines) -> None:
     before = sum(sum(process.cpu_times()[:2]) for process in processes)
     time.sleep(3)
     assert sum(sum(process.cpu_times()[:2]) for process in processes) - before < 0.6
-
-
-def test_a_killed_scheduler_is_an_engine_error_and_shutdown_leaves_nothing(tmp_path) -> None:
-    shm_before = set(os.listdir("/dev/shm"))
-    engine = start(tiny_llama(0), tmp_path)
-    engine.wait_ready()
-    members = group_members(engine.process_id)
-    scheduler = max(members, key=lambda process: process.memory_info().rss)
-    requests = requests_for(PROMPTS, num_samples=8, length=200, temperature=1.0)
-    threading.Timer(0.7, lambda: scheduler.send_signal(signal.SIGKILL)).start()
-    began = time.monotonic()
-    with pytest.raises(EngineError, match=r"engine0 (ended|broke)(?s:.)*last lines of"):
-        generate_for_ever(engine, requests)
-    assert time.monotonic() - began < 15
-    scratch = Path(engine.process.scratch_dir)
-    engine.shutdown()
-    engine.shutdown()
-    assert not group_members(engine.process_id)
-    assert not scratch.exists()
-    assert left_behind(shm_before) == []
-    with pytest.raises(EngineError, match="shut down"):
-        engine.generate(requests)
 
 
 def test_an_engine_dies_with_its_trainer_and_repeats_another_engines_bits(engines, tmp_path) -> None:
