@@ -47,7 +47,13 @@ class Engine(Protocol):
     """
 
     name: str
+    address: EngineAddress
     weight_version: int  # of the weights now served; 0: the checkpoint it was started from; NO_VERSION: serves nobody
+
+    @property
+    def is_own(self) -> bool:
+        """This process started it and can start it again; else it follows its owner by `reconnect`."""
+        ...
 
     async def await_ready(self) -> None:
         """Return once the engine answers."""
@@ -98,6 +104,10 @@ class Engine(Protocol):
         """End what is left of the engine and start it again, as it was first started; returns at once."""
         ...
 
+    def reconnect(self, address: EngineAddress) -> None:
+        """Follow an engine to where the process it belongs to has started it again."""
+        ...
+
     def shutdown(self) -> None:
-        """End the engine and everything it started. May be called again."""
+        """End the engine and everything it started. May be called again, and `restart` or `reconnect` after it."""
         ...

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from megatron_fipo.rollout.engine import Engine, EngineError, MemoryTag, NoEngineLeft
+from megatron_fipo.rollout.engine import Engine, EngineAddress, EngineError, MemoryTag, NoEngineLeft
 from megatron_fipo.rollout.event_loop import run
 from megatron_fipo.rollout.failover import Ask, Spread, answer_all, together, watched
 from megatron_fipo.run_config import EngineSettings
@@ -75,6 +75,7 @@ class EnginePool:
         is to start them (`restart_failed`) and to send them the weights they had, as the same version."""
         self._members = [_Member(engine) for engine in engines]
         self._last_failed = self._members[0]
+        self.num_restarts_in_all = 0  # of any engine; never counts down
         self._updating = False
         self._max_retries = max_retries
         self._max_restarts = max_restarts
@@ -85,6 +86,46 @@ class EnginePool:
     def failed(self) -> dict[str, str]:
         """The engines that are set aside and not started again: name -> what it failed of."""
         return {member.engine.name: member.reason for member in self._members if member.state == "failed"}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all engines, failed ones too."""
+        return tuple(engine.name for engine in self.engines)
+
+    @property
+    def num_alive(self) -> int:
+        """Engines that are not set aside; those that were started again and wait for an update count."""
+        return len(self._in_state("up", "starting"))
+
+    def mark_failed(self, name: str, reason: str) -> None:
+        """Set an engine aside for what somebody else found out about it. Raises ValueError for no engine's name."""
+        member = next((member for member in self._members if member.engine.name == name), None)
+        if member is None:
+            raise ValueError(f"{name!r} is no engine of this pool, which has {', '.join(self.names)}")
+        if member.state != "failed":
+            run(self._set_aside(member, EngineError(reason)))
+
+    def adopt_update(self, version: int, failed: Mapping[str, str], addresses: Mapping[str, EngineAddress]) -> None:
+        """The engines were given `version` by others: each node's first rank has a pool of its own engines.
+
+        Those in `failed` are set aside, for these reasons; all others serve `version`, also those that were set aside
+        here, for their owners have started them again. `addresses` says where they are reached now.
+        """
+        assert not self._updating, "an update of this pool's own is open"
+        for member in self._members:
+            engine, name = member.engine, member.engine.name
+            if name in failed:
+                self.mark_failed(name, failed[name])
+                continue
+            if not engine.is_own and (engine.address != addresses[name] or member.state == "failed"):
+                engine.reconnect(addresses[name])
+            if not engine.is_own:
+                engine.weight_version = version
+            assert engine.weight_version == version, f"engine {name} is at {engine.weight_version}, not at {version}"
+            if member.state != "up":
+                self._say(f"engine {name} serves again, with weight version {version}")
+            member.state, member.reason = "up", ""
+        self.weight_version = version
 
     def wait_ready(self) -> None:
         """Return once every engine answers. One that does not start is set aside; NoEngineLeft if none does."""
@@ -178,7 +219,7 @@ class EnginePool:
                 await engine.arelease_memory(held)
                 member.released |= frozenset(held)
 
-        run(self._each(self._in_state("up"), release))
+        run(self._each(self._in_state("up", "starting"), release))
         self._require_one("releasing memory")
 
     def resume_memory(self, tags: Sequence[MemoryTag]) -> None:
@@ -191,7 +232,9 @@ class EnginePool:
                 await engine.aresume_memory(lacking)
                 member.released -= frozenset(lacking)
 
-        run(self._each(self._in_state("up", "starting") if self._updating else self._in_state("up"), resume))
+        run(self._each(self._in_state("up", "starting"), resume))
+        if self._updating and not self.num_alive:
+            self._updating = False
         self._require_one("resuming memory")
 
     def restart_failed(self) -> list[str]:
@@ -211,6 +254,7 @@ class EnginePool:
                 self._say(f"warning: {member.headline} (attempt {which})")
                 continue
             member.state, member.released = "starting", frozenset()
+            self.num_restarts_in_all += 1
             self._say(f"engine {name} is started again ({which})")
             started.append(name)
         return started

@@ -250,11 +250,9 @@ class SGLangEngine:
 
     def restart(self) -> None:
         """As the protocol has it, with a new process, port and key. EngineError when it is another process's to start,
-        when it was shut down or when no process can be started."""
+        or when no process can be started."""
         if self._start is None or self.process is None:
             raise self._error("belongs to another process, which alone can start it again")
-        if self._stopped:
-            raise self._error("has been shut down")
         self._close_group()
         self.weight_version = NO_VERSION
         self._updating = False
@@ -264,6 +262,7 @@ class SGLangEngine:
             self.process = ServerProcess(self._start, append_log=True)
         except OSError as error:  # TimeoutError is one
             raise self._error(f"could not be started again: {error}") from error
+        self._stopped = False
         self.address = dataclasses.replace(self.address, url=self.process.url, api_key=self.process.api_key)
 
     def reconnect(self, address: EngineAddress) -> None:
@@ -271,6 +270,7 @@ class SGLangEngine:
         assert self.process is None, f"engine {self.name} is this process's own"
         assert address.name == self.name, f"engine {self.name} is not {address.name}"
         self._close_group()
+        self._stopped = False
         self.address = address
         self.weight_version = NO_VERSION
         self._updating = False
@@ -283,6 +283,10 @@ class SGLangEngine:
         self._close_group()
         if self.process is not None:
             self.process.stop()
+
+    @property
+    def is_own(self) -> bool:
+        return self.process is not None
 
     @property
     def process_id(self) -> int:
