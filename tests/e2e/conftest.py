@@ -141,12 +141,12 @@ def python_path(directory: Path) -> str:
 
 
 @pytest.fixture
-def launch(tmp_path: Path) -> Iterator[Callable[[list[str]], Launched]]:
-    """Starts `python ARGUMENTS...` in the test's directory; kills what is left of it when the test is over."""
+def launch(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
+    """Starts `python ARGUMENTS...` in the test's directory, or in the one given; kills what is left when it is over."""
     launched: list[Launched] = []
 
-    def start(arguments: list[str]) -> Launched:
-        launched.append(Launched(arguments, tmp_path))
+    def start(arguments: list[str], directory: Path | None = None) -> Launched:
+        launched.append(Launched(arguments, directory or tmp_path))
         return launched[-1]
 
     yield start

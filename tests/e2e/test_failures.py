@@ -2,92 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from left_behind import nothing_left_behind
+from small_run import START_WITHIN_S, command_line, num_steps
+
+from megatron_fipo.interruption import REQUEUE
 
 END_WITHIN_S = 25.0
-REQUEUE = 75
-START_WITHIN_S = 240.0
-PROBLEMS = [{"prompt": f"{i} + {i} = ", "label": str(2 * i)} for i in range(40)]
-# by the process that runs it: the graders' memory is their own, so a file says what to do
-REWARD = """
-import pathlib
-from megatron_fipo.types import RewardResult
-
-def grade(response, ground_truth, **extra):
-    if pathlib.Path(__file__).with_name("raise").exists():
-        raise RuntimeError("no verdict, on purpose")
-    score = float(len(response) % 2)
-    return RewardResult(score, score, response)
-
-def constant(response, ground_truth, **extra):
-    return RewardResult(0.0, 0.0, response)
-"""
-
-
-def command_line(model: Path, directory: Path, *, reward: str = "grade", ranks: int = 2, **more: Any) -> list[str]:
-    (directory / "own_reward.py").write_text(REWARD)
-    (directory / "problems.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in PROBLEMS))
-    flags = {
-        "hf-checkpoint": model,
-        "prompt-data": directory / "problems.jsonl",
-        "custom-rm-path": f"own_reward:{reward}",
-        "rollout-batch-size": 4,
-        "n-samples-per-prompt": 4,
-        "num-updates-per-rollout": 2,
-        "rollout-max-prompt-len": 32,
-        "rollout-max-response-len": 32,
-        "max-tokens-per-micro-batch": 128,
-        "overlong-buffer-len": 4,
-        "train-iters": 10000,
-        "output-dir": directory / "out",
-        **{name.replace("_", "-"): value for name, value in more.items()},
-    }
-    words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
-    return [
-        *("-m", "megatron_fipo.launch", "--nproc-per-node", str(ranks)),
-        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"),
-        *("-m", "megatron_fipo.train", *words),
-    ]
-
-
-def num_steps(directory: Path) -> int:
-    path = directory / "out" / "metrics.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0
 
 
 def engine_pid(command: Any) -> int:
     """The engine's server process."""
     return next(pid for pid, line in command.pids().items() if "megatron_fipo.rollout.server" in line)
-
-
-@contextlib.contextmanager
-def no_shared_memory_left() -> Iterator[None]:
-    """Nothing new lies in /dev/shm afterwards that no process has mapped (other programs run meanwhile)."""
-    before = set(os.listdir("/dev/shm"))
-    yield
-    deadline = time.monotonic() + 5.0
-    while left := set(os.listdir("/dev/shm")) - before - _mapped():
-        assert time.monotonic() < deadline, left
-        time.sleep(0.2)
-
-
-def _mapped() -> set[str]:
-    names = set()
-    for path in Path("/proc").glob("[0-9]*/maps"):
-        with contextlib.suppress(OSError):
-            names |= {
-                line.partition("/dev/shm/")[2].split(" ")[0] for line in path.read_text().splitlines() if "/shm" in line
-            }
-    return names
 
 
 def kill_engine(command: Any, directory: Path) -> None:
@@ -129,7 +62,7 @@ def test_a_run_that_fails_says_so_and_leaves_nothing(
     failure: str, tiny_chat_model: Path, tmp_path: Path, launch: Callable[[list[str]], Any]
 ) -> None:
     act, statuses, wanted = FAILURES[failure]
-    with no_shared_memory_left():
+    with nothing_left_behind("run"):
         command = launch(command_line(tiny_chat_model, tmp_path, pipeline_model_parallel_size=1, lr=1e-6))
         command.wait_for("a finished step", lambda: num_steps(tmp_path) >= 1, START_WITHIN_S)
         act(command, tmp_path)
@@ -158,7 +91,7 @@ def test_a_run_that_saves_is_asked_to_end_and_requeued(
     number: signal.Signals, tiny_chat_model: Path, tmp_path: Path, launch: Callable[[list[str]], Any]
 ) -> None:
     arguments = command_line(tiny_chat_model, tmp_path, lr=1e-6, save=tmp_path / "saved")
-    with no_shared_memory_left():
+    with nothing_left_behind("run"):
         command = launch([*arguments, "--auto-resume"])
         command.wait_for("a finished step", lambda: num_steps(tmp_path) >= 1, START_WITHIN_S)
         command.process.send_signal(number)
