@@ -47,8 +47,9 @@ class UpdateGroup:
 async def join_update_group(
     ask: Ask, *, backend: Literal["gloo", "nccl"], tp_size: int, host: str, timeout_s: float
 ) -> UpdateGroup:
-    """Make the group with the engine behind `ask`. `host`: this machine's address that the engine reaches; gloo stays on
-    loopback, that is on this machine.
+    """Make the group with the engine behind `ask`.
+
+    `host`: this machine's address that the engine reaches; gloo stays on loopback, that is on this machine.
 
     Raises CallFailed when the engine does not join within a minute, or what `ask` raises when the engine fails.
     """

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_fipo.rollout.distributed_update import join_update_group
 from megatron_fipo.rollout.engine import EngineAddress, EngineError
 from megatron_fipo.rollout.http_call import Call, CallFailed, ConnectionBroke, call
 from megatron_fipo.rollout.sglang_engine import connect_engine
@@ -144,6 +145,18 @@ def test_a_dead_process_ends_the_wait() -> None:
     with pytest.raises(EngineError, match="ended with signal 9"):
         ask(_hang, timeout_s=30, check=check)
     assert time.monotonic() - began < 2
+
+
+def test_an_engine_that_fails_while_it_joins_the_update_group_is_not_waited_for() -> None:
+    async def ask(what: Call) -> Any:
+        assert what.payload is not None
+        assert what.payload["master_address"] == "127.0.0.1"
+        raise EngineError("engine e7 ended with signal 9")
+
+    began = time.monotonic()
+    with pytest.raises(EngineError, match="signal 9"):
+        asyncio.run(join_update_group(ask, backend="gloo", tp_size=1, host="127.0.0.1", timeout_s=60))
+    assert time.monotonic() - began < 5
 
 
 def test_an_engine_elsewhere_that_is_gone_is_an_engine_error_with_its_name() -> None:
