@@ -22,7 +22,7 @@ from megatron_fipo.weights.architecture import Architecture, hf_shapes
 from megatron_fipo.weights.bucket import WeightBucket
 from megatron_fipo.weights.gpu_hash import GpuHash
 
-Axis = Literal["vocabulary", "heads", "kv_heads", "channels"]
+Axis = Literal["vocabulary", "heads", "kv_heads", "channels", "expert channels"]
 
 _VOCAB_PADDING = 64
 _CPU_CHANNEL_PADDING = 32  # of each rank's share
@@ -105,8 +105,8 @@ def part_of(name: str) -> Part:
     if found := _EXPERT.fullmatch(name):
         prefix, expert, which = found[1], int(found[2]), found[3]
         if which == "down":
-            return Part(f"{prefix}.w2_weight", expert, _CUTS["down_proj"])
-        return Part(f"{prefix}.w13_weight", 2 * expert + (which == "up"), _CUTS["gate_proj"])
+            return Part(f"{prefix}.w2_weight", expert, ("expert channels", 1))
+        return Part(f"{prefix}.w13_weight", 2 * expert + (which == "up"), ("expert channels", 0))
     path, _, last = name.rpartition(".")
     module = path.rpartition(".")[2]
     cut = _CUTS.get(module)
@@ -126,8 +126,11 @@ def engine_slice(
     if axis == "kv_heads" and not is_cpu and tp_size > arch.num_query_groups:  # ranks that share a head
         return tensor.chunk(arch.num_query_groups)[tp_rank * arch.num_query_groups // tp_size]
     size = _padded_size(axis, tensor.size(dim), arch, tp_size, is_cpu) // tp_size
-    start = min(tp_rank * size, tensor.size(dim))
-    share = tensor.narrow(dim, start, min(size, tensor.size(dim) - start))
+    num_own = (
+        tensor.size(dim) // tp_size if axis == "expert channels" else size
+    )  # experts are cut before they are padded
+    start = min(tp_rank * num_own, tensor.size(dim))
+    share = tensor.narrow(dim, start, min(num_own, tensor.size(dim) - start))
     missing = size - share.size(dim)
     return torch.nn.functional.pad(share, (0, 0) * (tensor.dim() - 1 - dim) + (0, missing)) if missing else share
 
@@ -137,7 +140,7 @@ def _padded_size(axis: Axis, size: int, arch: Architecture, tp_size: int, is_cpu
     if axis == "vocabulary":
         by_64 = _rounded_up(size, _VOCAB_PADDING)
         return by_64 if by_64 % tp_size == 0 else _rounded_up(size, _VOCAB_PADDING * tp_size)
-    if axis == "channels":
+    if axis in ("channels", "expert channels"):
         return _rounded_up(size, _CPU_CHANNEL_PADDING * tp_size) if is_cpu else size
     num_groups = _rounded_up(arch.num_query_groups, tp_size) if is_cpu else arch.num_query_groups
     return size // arch.num_query_groups * num_groups
