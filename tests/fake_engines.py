@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_fipo.rollout.engine import NO_VERSION, EngineError, MemoryTag
+from megatron_fipo.rollout.engine import NO_VERSION, EngineAddress, EngineError, MemoryTag
 from megatron_fipo.rollout.pool import EnginePool
 from megatron_fipo.types import Completion, GenerateRequest, SamplingSettings
 from megatron_fipo.weights.bucket import WeightBucket, make_buckets
@@ -24,12 +24,20 @@ def requests_for(num_prompts: int, num_samples: int = 3) -> list[GenerateRequest
     return [request([prompt], sample) for prompt in range(num_prompts) for sample in range(num_samples)]
 
 
+def address_of(name: str, port: int) -> EngineAddress:
+    return EngineAddress(name, f"http://127.0.0.1:{port}", "key", 1, True, True, None, 1.0, 1.0)
+
+
 class FakeEngine:
     """Answers with its prompt's first token and the request's seed; keeps a diary. `faults` is consulted at every call:
     the first entry for the call's name that has not been used says what goes wrong."""
 
-    def __init__(self, name: str, version: int = 0, faults: Sequence[tuple[str, Any]] = ()) -> None:
+    def __init__(
+        self, name: str, version: int = 0, faults: Sequence[tuple[str, Any]] = (), *, is_own: bool = True
+    ) -> None:
         self.name = name
+        self.address = address_of(name, 1)
+        self.is_own = is_own
         self.weight_version = version
         self.faults = list(faults)
         self.shares: list[list[str]] = []
@@ -115,6 +123,10 @@ class FakeEngine:
         if ("restart", "fails") in self.faults:
             raise EngineError(f"engine {self.name} cannot be started")
         self.alive, self.hangs, self.weight_version = True, False, NO_VERSION
+
+    def reconnect(self, address: EngineAddress) -> None:
+        self.calls.append("reconnect")
+        self.address, self.alive, self.weight_version = address, True, NO_VERSION
 
     def shutdown(self) -> None:
         self.calls.append("shutdown")

@@ -39,7 +39,7 @@ class _Member:
     engine: Engine
     state: Literal["up", "starting", "failed"] = "up"
     reason: str = ""  # why it failed
-    num_restarts: int = 0  # since it last answered
+    num_restarts: int = 0  # in a row: since it last answered, or came through from one update to the next
     can_restart: bool = True
     released: frozenset[MemoryTag] = frozenset()
 
@@ -186,6 +186,8 @@ class EnginePool:
             self._require_one("opening a weight update")
             self.restart_failed()
         self._updating = True
+        for member in self._in_state("up"):
+            member.num_restarts = 0
 
     def push_bucket(self, bucket: WeightBucket) -> None:
         """Copy a bucket's tensors into every engine. EngineError when none is left: that ends the update."""
@@ -238,8 +240,8 @@ class EnginePool:
         self._require_one("resuming memory")
 
     def restart_failed(self) -> list[str]:
-        """Start failed engines again, at most max_restarts times each without an answer from it in between, and return
-        their names. They are ready when `begin_weight_update` returns, and serve after that update."""
+        """Start failed engines again, at most max_restarts times each in a row, and return their names. They are ready
+        when `begin_weight_update` (or `wait_ready`) returns, and serve after that update."""
         assert not self._updating, "engines are started again before a weight update, not in one"
         started = []
         for member in self._members:
@@ -333,7 +335,7 @@ class EnginePool:
         self._require_one("answering")
         if self.revive is None:
             raise self._none_left("answering")
-        restarts = sum(member.num_restarts for member in self._members)
+        restarts = self.num_restarts_in_all
         self._say("no engine is left: those that may be are started again")
         try:
             self.revive()
@@ -341,7 +343,8 @@ class EnginePool:
             raise
         except EngineError as failure:
             self._say(f"warning: that failed: {str(failure).splitlines()[0]}")
-        assert sum(member.num_restarts for member in self._members) > restarts, "revive started no engine again"
+        if not self._in_state("up") and self.num_restarts_in_all == restarts:
+            raise self._none_left("trying to revive them")
         assert self.weight_version == version, f"revived with weight version {self.weight_version}, not {version}"
 
     def _in_update(self, call: Callable[[Engine], Coroutine[Any, Any, None]]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from fake_engines import FakeEngine, assert_answered, make_pool, requests_for, update
+from fake_engines import FakeEngine, address_of, assert_answered, make_pool, requests_for, update
 
 from megatron_fipo.rollout.engine import EngineError, NoEngineLeft
 from megatron_fipo.rollout.pool import EnginePool
@@ -230,3 +230,66 @@ def test_an_engine_that_does_not_end_leaves_no_other_running(monkeypatch: pytest
     with pytest.raises(TimeoutError, match="outlived SIGKILL"):
         pool.shutdown()
     assert [engine.alive for engine in engines] == [False, True, False]
+
+
+def test_restarts_are_forgotten_when_an_engine_came_through_to_the_next_update() -> None:
+    engines = [FakeEngine("e0"), FakeEngine("e1")]
+    pool, _ = make_pool(*engines, max_restarts=1)
+    for version in (1, 3, 5):
+        pool.mark_failed("e1", "engine e1 is lost")
+        assert pool.restart_failed() == ["e1"]
+        update(pool, version)
+        update(pool, version + 1)  # nobody was asked anything in between
+    assert pool.num_restarts_in_all == 3
+    pool.mark_failed("e1", "engine e1 is lost")
+    for version in (7, 8):
+        engines[1].faults = [("push", "broke")]
+        pool.restart_failed()
+        update(pool, version)
+    assert pool.num_restarts_in_all == 4
+
+
+def test_an_engine_that_holds_other_weights_is_set_aside() -> None:
+    engines = [FakeEngine("e0"), FakeEngine("e1")]
+    pool, said = make_pool(*engines)
+    pool.mark_failed("e1", "engine e1 holds other weights")
+    pool.mark_failed("e1", "again")
+    assert pool.failed == {"e1": "engine e1 holds other weights"}
+    assert engines[1].calls == ["shutdown"]
+    assert len(said) == 1
+    with pytest.raises(ValueError, match="'e2' is no engine of this pool, which has e0, e1"):
+        pool.mark_failed("e2", "lost")
+
+
+def test_updates_made_by_other_pools_are_adopted() -> None:
+    engines = [FakeEngine("e0"), *(FakeEngine(f"e{n}", is_own=False) for n in (1, 2, 3))]
+    pool, said = make_pool(*engines)
+    requests = requests_for(8)
+    addresses = {engine.name: engine.address for engine in engines}
+    engines[0].weight_version = 1  # by the pool of its own node
+    pool.adopt_update(1, {"e3": "engine e3 ended with signal 9"}, addresses)
+    assert_answered(pool.generate(requests), requests, version=1)
+    engines[1].faults = [("generate", "broke")]
+    assert_answered(pool.generate(requests), requests, version=1)
+    assert pool.failed.keys() == {"e1", "e3"}
+    addresses |= {name: address_of(name, 2) for name in ("e1", "e3")}
+    engines[0].weight_version = 2
+    pool.adopt_update(2, {}, addresses)
+    assert pool.failed == {}
+    assert [engine.calls.count("reconnect") for engine in engines] == [0, 1, 0, 1]
+    assert_answered(pool.generate(requests), requests, version=2)
+    assert all(engine.shares for engine in engines)
+    assert [line for line in said if "serves again" in line] == [
+        f"engine {name} serves again, with weight version 2" for name in ("e1", "e3")
+    ]
+
+
+def test_engines_revived_by_other_pools_go_on() -> None:
+    engine = FakeEngine("e0", faults=[("generate", "broke")], is_own=False)
+    pool, _ = make_pool(engine)
+    pool.revive = lambda: pool.adopt_update(0, {}, {"e0": address_of("e0", 2)})
+    assert_answered(pool.generate(requests_for(2)), requests_for(2))
+    engine.faults = [("generate", "broke")]
+    pool.revive = lambda: None
+    with pytest.raises(NoEngineLeft, match="no engine is left after trying to revive them\n    engine e0 broke"):
+        pool.generate(requests_for(2))
