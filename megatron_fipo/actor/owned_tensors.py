@@ -44,7 +44,8 @@ def gradients_of(chunks: Sequence[DistributedDataParallel], optimizer: MegatronO
         for buffer in _flat_buffers(chunk):
             yield buffer.grad_data
     for parameter in (*(p for chunk in chunks for p in chunk.parameters()), *_main_parameters(optimizer)):
-        for name in ("grad", "decoupled_grad"):
+        # of what is no leaf, an fp32 parameter's shard, the gradient is a shard too, and asking for it a warning
+        for name in ("grad", "decoupled_grad") if parameter.is_leaf else ("decoupled_grad",):
             gradient = getattr(parameter, name, None)
             if gradient is not None:
                 yield gradient

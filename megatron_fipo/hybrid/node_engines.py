@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from megatron_fipo.rollout.engine import EngineAddress, EngineError, NoEngineLeft
 from megatron_fipo.rollout.pool import EnginePool
@@ -35,13 +35,13 @@ class NodeReport:
 class NodeEngines:
     """A pool whose failures wait until they are asked for."""
 
-    def __init__(self, pool: EnginePool, *, tp_size: int, fp8: bool, device_type: str) -> None:
+    def __init__(self, pool: EnginePool, *, tp_size: int, fp8: bool, device_type: Literal["cpu", "cuda"]) -> None:
         self.pool = pool
         self._tp_size = tp_size
         self._fp8 = fp8
         self._device_type = device_type
         self._failure: EngineError | None = None
-        self._restarts_checked = -1  # how many restarts of engines the last comparison had seen
+        self._restarts_seen = -1  # how often engines had been started again when weights were last compared
 
     def do(self, call: Callable[[], T]) -> T | None:
         """`call()`, unless something has failed since `clear`; None when it fails, or when something has."""
@@ -59,14 +59,9 @@ class NodeEngines:
         return failure
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """Of all the node's engines."""
-        return tuple(engine.name for engine in self.pool.engines)
-
-    @property
     def holds_unchecked(self) -> bool:
         """Whether an engine was started (again) since weights were last compared."""
-        return getattr(self.pool, "num_restarts_in_all", self._restarts_checked) != self._restarts_checked
+        return self.pool.num_restarts_in_all != self._restarts_seen
 
     def push(
         self, buckets: Iterator[WeightBucket], arch: Architecture, *, with_checksums: bool
@@ -87,33 +82,35 @@ class NodeEngines:
 
     def check(self, expected: Checksums) -> None:
         """Set every engine aside that holds something else. EngineError when none is left."""
-        before = getattr(self.pool, "num_restarts_in_all", self._restarts_checked)
         reasons: list[str] = []
         for name, found in self.pool.weight_checksums().items():
-            difference = first_difference(expected, found)
+            difference = first_difference(expected, found, expected_alone=self._fp8)
             if difference is not None:
                 reasons.append(f"engine {name} holds other weights than it was sent: {difference}")
                 self.pool.mark_failed(name, reasons[-1])
-        self._restarts_checked = before
-        if len(self.pool.failed) == len(self.names):
+        self._restarts_seen = self.pool.num_restarts_in_all
+        if self.pool.num_alive == 0:
             reasons = reasons or list(self.pool.failed.values())
             raise EngineError("no engine holds the weights it was sent:\n    " + "\n    ".join(reasons))
 
     def report(self, *, with_addresses: bool) -> NodeReport:
         """How it went since `clear`."""
         failed = self.pool.failed
-        served = () if self._failure is not None else tuple(name for name in self.names if name not in failed)
+        served = () if self._failure is not None else tuple(name for name in self.pool.names if name not in failed)
         failure = None if self._failure is None else str(self._failure)
         addresses = {engine.name: engine.address for engine in self.pool.engines} if with_addresses else {}
         return NodeReport(served, dict(failed), failure, isinstance(self._failure, NoEngineLeft), addresses)
 
 
-def first_difference(expected: Checksums, found: Checksums) -> str | None:
-    """Where what an engine holds first differs from what it should, naming rank and parameter; None: nowhere."""
+def first_difference(expected: Checksums, found: Checksums, *, expected_alone: bool = False) -> str | None:
+    """Where what an engine holds first differs from what it should, naming rank and parameter; None: nowhere.
+
+    `expected_alone`: it may hold more, as quantised parameters are, whose bytes are its kernels' own.
+    """
     if len(expected) != len(found):
         return f"it answered for {len(found)} tensor-parallel ranks, not {len(expected)}"
     for rank, (wanted, held) in enumerate(zip(expected, found)):
-        for name in sorted(set(wanted) | set(held)):
+        for name in sorted(set(wanted) if expected_alone else set(wanted) | set(held)):
             if wanted.get(name) != held.get(name):
                 says = "nothing" if name not in held else f"checksum {held[name]}"
                 instead = wanted.get(name, "nothing")

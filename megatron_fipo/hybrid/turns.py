@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch.distributed as dist
 
@@ -77,7 +77,8 @@ class HybridEngine:
         self._pool = pool
         self._node: NodeEngines | None = None
         if local_pool is not None:
-            self._node = NodeEngines(local_pool, tp_size=tp_size, fp8=fp8, device_type=actor.device.type)
+            device_type: Literal["cpu", "cuda"] = "cuda" if actor.device.type == "cuda" else "cpu"
+            self._node = NodeEngines(local_pool, tp_size=tp_size, fp8=fp8, device_type=device_type)
         self._receivers = tuple(receivers)
         self._bucket_bytes = bucket_bytes
         self._fp8 = fp8
@@ -245,7 +246,7 @@ class HybridEngine:
         node = self._node
         started: list[str] | None = None
         if node is not None:
-            for name in node.names:
+            for name in node.pool.names:
                 if self._has_nodes and failed is not None and name in failed and name not in node.pool.failed:
                     node.pool.mark_failed(name, failed[name])
             started = node.do(node.pool.restart_failed)

@@ -345,6 +345,8 @@ def test_what_differs_is_named_by_rank_and_parameter() -> None:
     assert first_difference(expected, [{**expected[0], "c": "7"}, expected[1]]) == (
         "its rank 0 has checksum 7 for c, not nothing"
     )
+    assert first_difference(expected, [{**expected[0], "c": "7"}, expected[1]], expected_alone=True) is None
+    assert first_difference(expected, [{"a": "1"}, expected[1]], expected_alone=True) is not None
     assert first_difference(expected, [{"a": "1"}]) == "it answered for 1 tensor-parallel ranks, not 2"
 
 

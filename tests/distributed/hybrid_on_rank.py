@@ -93,7 +93,7 @@ def take_turns(model_dir: str, log_dir: str, placement: EnginePlacement) -> dict
             ),
         )
         pool.wait_ready()
-        assert side.hybrid.sync_weights(0) is None
+        sync(side, 0)
         for version in (1, 2, 3):
             completions = side.generate()
             found["versions"].append([completion.weight_version for completion in completions])
@@ -106,7 +106,7 @@ def take_turns(model_dir: str, log_dir: str, placement: EnginePlacement) -> dict
             found["differences"].append(side.train(completions))
             if version == 3:
                 found["killed"] = kill(pool.engines[0].process_id)
-            assert side.hybrid.sync_weights(version) is None
+            sync(side, version)
         completions = side.generate()
         found["versions"].append([completion.weight_version for completion in completions])
         found["holds"].append(side.engines_hold_the_actor())
@@ -114,6 +114,11 @@ def take_turns(model_dir: str, log_dir: str, placement: EnginePlacement) -> dict
         found["memory"] = side.hybrid.memory()
         found["restarts"] = pool.num_restarts_in_all
     return found
+
+
+def sync(side: Side, version: int) -> None:
+    failure = side.hybrid.sync_weights(version)
+    assert failure is None, failure
 
 
 def kill(process_id: int) -> int:
