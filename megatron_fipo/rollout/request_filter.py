@@ -38,11 +38,14 @@ REMOTE_PATHS = frozenset(
 """Open to other machines that have the key. None of them unpickles anything."""
 
 _METHODS = ("GET", "POST")
+_CLOSED_PATHS = frozenset({"/health_generate"})  # generates for whoever asks, key or none
 
 
 class RequestFilter:
-    """Lets HTTP requests of this machine through, and those of other machines to REMOTE_PATHS; closes websockets, which
-    SGLang serves without asking for the key."""
+    """Lets HTTP requests of this machine through, and those of other machines to REMOTE_PATHS.
+
+    Closes what SGLang serves to anyone without asking for the key: websockets, and a health check that generates.
+    """
 
     def __init__(self, app: App) -> None:
         self._app = app
@@ -51,7 +54,7 @@ class RequestFilter:
         if scope["type"] == "lifespan" or (scope["type"] == "http" and _is_allowed(scope)):
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
-            body = b'{"error":"closed to other machines"}'
+            body = b'{"error":"closed"}'
             headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
             await send({"type": "http.response.start", "status": 403, "headers": headers})
             await send({"type": "http.response.body", "body": body})
@@ -72,6 +75,8 @@ def is_local(client: str | None, server: str | None) -> bool:
 
 
 def _is_allowed(scope: Message) -> bool:
+    if scope["path"] in _CLOSED_PATHS:
+        return False
     client, server = scope.get("client"), scope.get("server")
     if is_local(client[0] if client else None, server[0] if server else None):
         return True

@@ -14,6 +14,7 @@ from megatron_fipo.rollout.server_launch import ServerStart
 from megatron_fipo.rollout.sglang_engine import SGLangEngine
 from megatron_fipo.run_config import EngineSettings
 from megatron_fipo.weights.bucket import ENGINE_LOADER
+from megatron_fipo.weights.fp8 import QUANTIZATION_CONFIG
 
 SPARE_TOKENS = 8  # SGLang keeps 6 of its context to itself
 _OWN_ARGUMENTS = ("host", "port", "api_key", "model_path", "tp_size", "dtype", "context_length", "random_seed")
@@ -71,6 +72,7 @@ def start_engines(
                 use_cpu=use_cpu,
                 host=host,
                 disaggregated=disaggregated,
+                fp8=engine.fp8_weights,
             )
         )
     return EnginePool(
@@ -96,17 +98,21 @@ def start_engine(
     use_cpu: bool,
     host: str = LOOPBACK,
     disaggregated: bool = False,
+    fp8: bool = False,
 ) -> SGLangEngine:
     """Start SGLang on the Hugging Face model in `model_dir` and return at once; `wait_ready()` on the result waits.
 
     The server listens on a free port of `host`, one of this machine's addresses, under a random API key, writes to
     `log_path` (readable by its owner only) and ends with this process, however that ends. `disaggregated`: weights come
-    by broadcast, not through shared memory. `server_args` are SGLang's own (`--sglang-*`) and override the defaults.
+    by broadcast, not through shared memory. `fp8`: it holds block-quantised weights, and none before the first update
+    brings them. `server_args` are SGLang's own (`--sglang-*`) and override the defaults.
     Raises ValueError for a model directory that is none and for server_args that are ours to set or would leave the
     engine open.
     """
     architecture = _architecture(model_dir)
     _refuse(server_args)
+    if fp8 and use_cpu:
+        raise ValueError("--rollout-fp8 is set, but engines on a CPU hold fp32 or bf16 weights: leave it out")
     loaders = [ENGINE_LOADER, *(server_args.get("custom_weight_loader") or [])]
     arguments: dict[str, Any] = {
         "model_path": model_dir,
@@ -122,6 +128,7 @@ def start_engine(
         **(_cpu_arguments(context_length) if use_cpu else {}),
         **server_args,
         "custom_weight_loader": loaders,
+        **(_fp8_arguments(server_args) if fp8 else {}),
     }
     start = ServerStart(
         arguments=arguments,
@@ -140,6 +147,7 @@ def start_engine(
         update_backend=backend if disaggregated else None,
         start_timeout_s=start_timeout_s,
         request_timeout_s=request_timeout_s,
+        has_weights=not fp8,
     )
     atexit.register(engine.shutdown)
     return engine
@@ -157,6 +165,14 @@ def _refuse(server_args: Mapping[str, Any]) -> None:
     if server_args.get("tokenizer_worker_num", 1) != 1:
         workers = server_args["tokenizer_worker_num"]
         raise ValueError(f"--sglang-tokenizer-worker-num is {workers!r}, but SGLang's API key guards one worker: use 1")
+
+
+def _fp8_arguments(server_args: Mapping[str, Any]) -> dict[str, Any]:
+    """For a model directory whose config.json says nothing of FP8. Its weights cannot be loaded as if they were: the
+    engine starts on dummies."""
+    override = json.loads(server_args.get("json_model_override_args") or "{}")
+    override["quantization_config"] = QUANTIZATION_CONFIG
+    return {"json_model_override_args": json.dumps(override), "load_format": "dummy"}
 
 
 def _cpu_arguments(context_length: int) -> dict[str, Any]:

@@ -71,8 +71,9 @@ class SGLangEngine:
         update_backend: Literal["gloo", "nccl"] | None,
         start_timeout_s: float,
         request_timeout_s: float,
+        has_weights: bool,
     ) -> SGLangEngine:
-        """Start a server; returns at once."""
+        """Start a server; returns at once. Without `has_weights` it serves nobody before the first update."""
         process = ServerProcess(start)
         address = EngineAddress(
             name=name,
@@ -85,7 +86,9 @@ class SGLangEngine:
             start_timeout_s=start_timeout_s,
             request_timeout_s=request_timeout_s,
         )
-        return cls(address, start=start, process=process, own_host=start.host)
+        engine = cls(address, start=start, process=process, own_host=start.host)
+        engine.weight_version = 0 if has_weights else NO_VERSION
+        return engine
 
     def wait_ready(self) -> None:
         """Return once the server answers. EngineError if it ends or takes longer than its start timeout."""

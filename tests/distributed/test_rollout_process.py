@@ -19,7 +19,7 @@ from megatron_fipo.patches.sglang_cpu.plugin import ASKED_FOR
 from megatron_fipo.rollout.log_tail import log_tail
 from megatron_fipo.rollout.process_group import group_members, stop_process_group
 from megatron_fipo.rollout.server_launch import ServerStart, server_environment, without_launcher
-from megatron_fipo.rollout.server_process import start_engine
+from megatron_fipo.rollout.server_process import _fp8_arguments, start_engine
 
 SETTINGS: dict[str, Any] = {
     "name": "e0",
@@ -77,6 +77,17 @@ def test_a_directory_without_a_model_is_an_error_before_anything_starts(tmp_path
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
     with pytest.raises(ValueError, match="--sglang-api-key is 'x', but is set by the run itself"):
         start_engine(str(tmp_path), log_path=log, server_args={"api_key": "x"}, **SETTINGS)
+
+
+def test_fp8_weights_are_for_gpus_and_need_an_update_first(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
+    with pytest.raises(ValueError, match="--rollout-fp8 is set, but engines on a CPU"):
+        start_engine(str(tmp_path), log_path=str(tmp_path / "log"), server_args={}, fp8=True, **SETTINGS)
+    arguments = _fp8_arguments({"json_model_override_args": '{"rope_theta": 1}'})
+    assert arguments["load_format"] == "dummy"
+    override = json.loads(arguments["json_model_override_args"])
+    assert override["rope_theta"] == 1
+    assert override["quantization_config"]["weight_block_size"] == [128, 128]
 
 
 @pytest.mark.parametrize("failure", ["no log", "no process", "it dies at once"])

@@ -227,7 +227,7 @@ def test_a_death_is_an_error_in_every_call_and_the_engine_starts_again_without_w
     engine.shutdown()
     assert not group_members(engine.process_id)
     assert left_behind(shm_before) == []
-    for call in (engine.check_alive, engine.restart, lambda: push(engine, [], 9)):
+    for call in (engine.check_alive, lambda: engine.check_health(5), lambda: push(engine, [], 9)):
         with pytest.raises(EngineError):
             call()
 

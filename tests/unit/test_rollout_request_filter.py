@@ -59,12 +59,17 @@ def test_local_is_loopback_or_the_address_arrived_at(client: str | None, server:
     assert is_local(client, server) is local
 
 
-@pytest.mark.parametrize("path", ["/update_weights_from_tensor", "/load_lora_adapter_from_tensors", "/health_generate"])
-def test_a_path_that_unpickles_or_generates_unasked_is_closed_to_other_machines(path: str) -> None:
+@pytest.mark.parametrize("path", ["/update_weights_from_tensor", "/load_lora_adapter_from_tensors", "/metrics"])
+def test_a_path_that_the_run_does_not_need_from_afar_is_closed_to_other_machines(path: str) -> None:
     assert outcome("http", path, "127.0.0.1", "127.0.0.1") == "passed"
     assert outcome("http", path, "10.0.0.5", "10.0.0.5") == "passed"
     assert outcome("http", path, "10.0.0.6", "10.0.0.5") == 403
     assert outcome("http", path, None, "10.0.0.5") == 403
+
+
+def test_the_health_check_that_generates_is_closed_to_all() -> None:
+    assert outcome("http", "/health_generate", "127.0.0.1", "127.0.0.1", "GET") == 403
+    assert outcome("http", "/health", "127.0.0.1", "127.0.0.1", "GET") == "passed"
 
 
 def test_other_machines_may_generate_and_check() -> None:
