@@ -10,22 +10,22 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_fipo.weights import fp8
 from megatron_fipo.weights.architecture import Architecture, hf_shapes
 from megatron_fipo.weights.bucket import WeightBucket
+from megatron_fipo.weights.fp8 import BLOCK, dequantised
 from megatron_fipo.weights.gpu_hash import GpuHash
 
 Axis = Literal["vocabulary", "heads", "kv_heads", "channels", "expert channels"]
 
 _VOCAB_PADDING = 64
-_CPU_CHANNEL_PADDING = 32  # of each rank's share
+_CPU_CHANNEL_PADDING = 32  # of each rank's share; in FP8 a block
 _EXPERT = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 _FUSED = {"q_proj": ("qkv_proj", 0), "k_proj": ("qkv_proj", 1), "v_proj": ("qkv_proj", 2)} | {
     "gate_proj": ("gate_up_proj", 0),
@@ -72,16 +72,11 @@ def expected_checksums(
     parameter -> checksum.
 
     The buckets are consumed once, and none is kept: tensors that come in the order of export are hashed as they pass.
-    With `fp8` the quantised parameters are left out: SGLang hashes what its kernels make of them. Raises ValueError
-    when a tensor is missing, unknown or there twice.
+    FP8 weights (weights/fp8.py) are hashed as SGLang hashes them: multiplied by their scales, in bf16. Raises
+    ValueError when a tensor is missing, unknown or there twice.
     """
-    return expected_of_tensors(
-        arch,
-        (pair for bucket in buckets for pair in bucket.tensors()),
-        tp_size=tp_size,
-        fp8=fp8,
-        device_type=device_type,
-    )
+    tensors = (pair for bucket in buckets for pair in bucket.tensors())
+    return expected_of_tensors(arch, tensors, tp_size=tp_size, fp8=fp8, device_type=device_type)
 
 
 def expected_of_tensors(
@@ -93,8 +88,9 @@ def expected_of_tensors(
     device_type: Literal["cpu", "cuda"] = "cpu",
 ) -> list[dict[str, str]]:
     """`expected_checksums` of (Hugging Face name, tensor)."""
-    ranks = [_RankSums(arch, rank, tp_size, device_type, fp8) for rank in range(tp_size)]
-    for name, tensor in tensors:
+    padding = _Padding(arch.num_query_groups, tp_size, is_cpu=device_type == "cpu", is_fp8=fp8)
+    ranks = [_RankSums(arch, rank, padding) for rank in range(tp_size)]
+    for name, tensor in dequantised(tensors):
         for rank in ranks:
             rank.take(name, tensor)
     return [rank.finish() for rank in ranks]
@@ -116,16 +112,35 @@ def part_of(name: str) -> Part:
     return Part(name, 0, cut)
 
 
-def engine_slice(
-    tensor: Tensor, cut: tuple[Axis, int] | None, arch: Architecture, tp_rank: int, tp_size: int, *, is_cpu: bool
-) -> Tensor:
+@dataclass(frozen=True)
+class _Padding:
+    """What SGLang pads dimensions by before it cuts them."""
+
+    num_query_groups: int
+    tp_size: int
+    is_cpu: bool
+    is_fp8: bool
+
+    def padded(self, axis: Axis, size: int) -> int:
+        """The length of a dimension in the engine, over all of its ranks."""
+        if axis == "vocabulary":
+            padded = _rounded_up(size, _VOCAB_PADDING)
+            return padded if padded % self.tp_size == 0 else _rounded_up(size, _VOCAB_PADDING * self.tp_size)
+        if not self.is_cpu:
+            return size
+        if axis in ("channels", "expert channels"):
+            return _rounded_up(size, (BLOCK if self.is_fp8 else _CPU_CHANNEL_PADDING) * self.tp_size)
+        return size // self.num_query_groups * _rounded_up(self.num_query_groups, self.tp_size)
+
+
+def engine_slice(tensor: Tensor, cut: tuple[Axis, int] | None, tp_rank: int, padding: _Padding) -> Tensor:
     """What one of the engine's ranks holds of a Hugging Face tensor: its share of the padded whole."""
     if cut is None:
         return tensor
-    axis, dim = cut
-    if axis == "kv_heads" and not is_cpu and tp_size > arch.num_query_groups:  # ranks that share a head
-        return tensor.chunk(arch.num_query_groups)[tp_rank * arch.num_query_groups // tp_size]
-    size = _padded_size(axis, tensor.size(dim), arch, tp_size, is_cpu) // tp_size
+    (axis, dim), tp_size = cut, padding.tp_size
+    if axis == "kv_heads" and not padding.is_cpu and tp_size > padding.num_query_groups:  # ranks that share a head
+        return tensor.chunk(padding.num_query_groups)[tp_rank * padding.num_query_groups // tp_size]
+    size = padding.padded(axis, tensor.size(dim)) // tp_size
     num_own = (
         tensor.size(dim) // tp_size if axis == "expert channels" else size
     )  # experts are cut before they are padded
@@ -135,17 +150,6 @@ def engine_slice(
     return torch.nn.functional.pad(share, (0, 0) * (tensor.dim() - 1 - dim) + (0, missing)) if missing else share
 
 
-def _padded_size(axis: Axis, size: int, arch: Architecture, tp_size: int, is_cpu: bool) -> int:
-    """The length of a dimension in the engine, over all of its ranks."""
-    if axis == "vocabulary":
-        by_64 = _rounded_up(size, _VOCAB_PADDING)
-        return by_64 if by_64 % tp_size == 0 else _rounded_up(size, _VOCAB_PADDING * tp_size)
-    if axis in ("channels", "expert channels"):
-        return _rounded_up(size, _CPU_CHANNEL_PADDING * tp_size) if is_cpu else size
-    num_groups = _rounded_up(arch.num_query_groups, tp_size) if is_cpu else arch.num_query_groups
-    return size // arch.num_query_groups * num_groups
-
-
 def _rounded_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
@@ -153,14 +157,11 @@ def _rounded_up(size: int, multiple: int) -> int:
 class _RankSums:
     """One engine rank's checksums in the making. Parts that come before their turn are kept until it comes."""
 
-    def __init__(self, arch: Architecture, rank: int, tp_size: int, device_type: str, is_fp8: bool) -> None:
-        self._arch = arch
+    def __init__(self, arch: Architecture, rank: int, padding: _Padding) -> None:
         self._rank = rank
-        self._tp_size = tp_size
-        self._device_type = device_type
-        self._is_fp8 = is_fp8
+        self._padding = padding
         self._left: dict[str, set[int]] = {}  # parameter -> places of the parts that have not come
-        for name in _foretold_names(arch, is_fp8):
+        for name in hf_shapes(arch):
             part = part_of(name)
             self._left.setdefault(part.parameter, set()).add(part.place)
         self._next = dict.fromkeys(self._left, 0)
@@ -168,14 +169,11 @@ class _RankSums:
         self._hashes: dict[str, _Hash] = {}
 
     def take(self, name: str, tensor: Tensor) -> None:
-        if self._is_fp8 and (fp8.is_quantised(name) or name.endswith("_scale_inv")):
-            return
         part = part_of(name)
         if part.place not in self._left.get(part.parameter, ()):
             raise ValueError(f"{name} was sent, but the engine has no such weight, or was sent it before")
         self._left[part.parameter].remove(part.place)
-        is_cpu = self._device_type == "cpu"
-        piece = engine_slice(tensor, part.cut, self._arch, self._rank, self._tp_size, is_cpu=is_cpu)
+        piece = engine_slice(tensor, part.cut, self._rank, self._padding)
         early = self._early.setdefault(part.parameter, {})
         early[part.place] = piece if part.place == self._next[part.parameter] else piece.clone()
         while (place := self._next[part.parameter]) in early:
@@ -190,7 +188,7 @@ class _RankSums:
 
     def _hash_of(self, parameter: str) -> _Hash:
         if parameter not in self._hashes:
-            self._hashes[parameter] = GpuHash() if self._device_type == "cuda" else _CpuHash()
+            self._hashes[parameter] = _CpuHash() if self._padding.is_cpu else GpuHash()
         return self._hashes[parameter]
 
 
@@ -205,7 +203,3 @@ class _CpuHash:
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()[:16]
-
-
-def _foretold_names(arch: Architecture, is_fp8: bool) -> Iterator[str]:
-    return (name for name in hf_shapes(arch) if not (is_fp8 and fp8.is_quantised(name)))

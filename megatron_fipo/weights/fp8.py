@@ -6,8 +6,15 @@ ceil(K / 128)], such that weight x scale_inv of its block is the original (arXiv
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from megatron_fipo.config import require
+from megatron_fipo.weights.architecture import Architecture
 
 BLOCK = 128
 FP8_MAX = 448.0  # of float8_e4m3fn
@@ -22,6 +29,28 @@ QUANTIZATION_CONFIG = {
 _QUANTISED = tuple(
     f".{projection}_proj.weight" for projection in ("q", "k", "v", "o", "gate", "up", "down")
 )  # of attention, FFN and experts; embedding, norms, biases, router and output layer stay as they are
+
+
+def engine_arguments() -> dict[str, Any]:
+    """SGLang's server arguments of an engine that is to be sent FP8 weights: the checkpoint's own are of no use to it,
+    and it serves nothing until it was sent some."""
+    overrides = json.dumps({"quantization_config": QUANTIZATION_CONFIG})
+    return {"load_format": "dummy", "json_model_override_args": overrides}
+
+
+def check_fp8(arch: Architecture, tp_size: int) -> None:
+    """Raise ValueError for a model whose weights, cut over `tp_size` ranks of an engine, are not whole blocks, or that
+    SGLang has no block-quantised layers for."""
+    flag = "--rollout-fp8"
+    require(arch.family != "llama", flag, True, "left out: SGLang's Llama has no place for block scales")
+    ffn = arch.moe_ffn_hidden_size or arch.ffn_hidden_size
+    for size, what in (
+        (arch.hidden_size, "hidden size"),
+        (arch.num_attention_heads * arch.kv_channels // tp_size, "query rows on each rank of an engine"),
+        (arch.num_query_groups * arch.kv_channels // tp_size, "key rows on each rank of an engine"),
+        (ffn // tp_size, "FFN channels on each rank of an engine"),
+    ):
+        require(size % BLOCK == 0, flag, True, f"left out: {size} {what} are no multiple of {BLOCK}")
 
 
 def is_quantised(name: str) -> bool:
@@ -59,3 +88,20 @@ def dequantise(weight: Tensor, scale_inv: Tensor) -> Tensor:
     num_rows, num_columns = weight.shape
     scales = scale_inv.repeat_interleave(BLOCK, 0)[:num_rows].repeat_interleave(BLOCK, 1)[:, :num_columns]
     return weight.float() * scales
+
+
+def dequantised(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The stream of (name, tensor) with every FP8 weight and the scale that follows it made one bf16 tensor."""
+    waiting: tuple[str, Tensor] | None = None
+    for name, tensor in tensors:
+        if waiting is not None:
+            if name != f"{waiting[0]}_scale_inv":
+                raise ValueError(f"{waiting[0]} is FP8, but {name} follows it, not its scale")
+            yield waiting[0], dequantise(waiting[1], tensor).bfloat16()
+            waiting = None
+        elif tensor.dtype == torch.float8_e4m3fn:
+            waiting = (name, tensor)
+        else:
+            yield name, tensor
+    if waiting is not None:
+        raise ValueError(f"{waiting[0]} is FP8, but its scale is missing")

@@ -154,15 +154,15 @@ def write_hf_checkpoint(
     share one dtype, which is entered in the copy of `source_dir`'s config.json; tokenizer and generation config are
     copied as they are. Everything is written aside in the same parent and renamed at the end, so `save_dir` is never
     half-made; if `tensors` raises, it is untouched. An earlier export is replaced, an empty directory filled; any other
-    directory, or an export with files added, raises ValueError, as does `source_dir` itself.
+    directory, or an export with files added, raises ValueError, as do `source_dir` itself and what cannot be written.
     """
     save_dir, source_dir = Path(save_dir).absolute(), Path(source_dir).absolute()
     check_replaceable(save_dir, source_dir)
-    save_dir.parent.mkdir(parents=True, exist_ok=True)
     aside = save_dir.with_name(f".{save_dir.name}.{os.getpid()}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
     try:
+        save_dir.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
         dtype = _write_shards(aside, tensors, max_shard_bytes)
         for name in COPIED_FILES:
             if (source_dir / name).is_file():
@@ -171,6 +171,8 @@ def write_hf_checkpoint(
         sizes = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
         (aside / EXPORT_RECEIPT).write_text(json.dumps({"size_bytes": sizes}, indent=2) + "\n")
         _commit(aside, save_dir)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"the export directory {save_dir} cannot be written: {error}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -325,7 +327,11 @@ def _commit(aside: Path, save_dir: Path) -> None:
     if save_dir.exists():
         replaced = aside.with_suffix(".replaced")
         save_dir.rename(replaced)
-        aside.rename(save_dir)
+        try:
+            aside.rename(save_dir)
+        except OSError:
+            replaced.rename(save_dir)
+            raise
         shutil.rmtree(replaced)
     else:
         aside.rename(save_dir)
