@@ -8,8 +8,9 @@ A fault is an object of
   when    "before" the call, "after" it, or "half": of a record's line half is written before
   path    only calls with an argument whose text matches this pattern (fnmatch) count
   rank    only this rank (default: 0; null: every rank)
-  do      the signal, such as "SIGKILL"; a list sends several, 0.1 s apart
+  do      the signal, such as "SIGKILL"; a list sends several, 1.3 s apart
   to      "self" (this rank; default) or "parent" (the launcher)
+  pause_s how long the stage then seems to take (default: 0)
 
 and happens once. A fault that is sent to nobody because its call never comes is no fault: the file that the variable
 FAULTS_DONE names gets one line for each that was sent.
@@ -32,6 +33,7 @@ from typing import Any
 
 DONE = "FAULTS_DONE"
 PACKAGE = "megatron_fipo"
+GAP_S = 1.3  # two signals closer than a second are one request
 LANDS_WITHIN_S = 0.5  # a signal that goes round by the launcher
 
 
@@ -104,14 +106,13 @@ def _send(fault: Mapping[str, Any], main: int) -> None:
     done = os.open(os.environ[DONE], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     for index, name in enumerate(names):
         if index:
-            time.sleep(0.1)
+            time.sleep(GAP_S)
         os.write(done, f"{name} {fault['at']} {fault['when']}\n".encode())
         os.kill(os.getppid() if fault.get("to") == "parent" else main, signal.Signals[name])
         if name == "SIGKILL" and fault.get("to") != "parent" and os.getpid() != main:
             os.kill(os.getpid(), signal.SIGKILL)
     os.close(done)
-    if fault.get("to") == "parent":
-        time.sleep(LANDS_WITHIN_S)
+    time.sleep(fault.get("pause_s", LANDS_WITHIN_S if fault.get("to") == "parent" else 0.0))
 
 
 def main() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -65,13 +66,25 @@ def of_forked_sessions() -> dict[int, str]:
 
 
 def unused_segments(known: set[str]) -> set[str]:
-    """Names in /dev/shm besides the `known` ones that no living process has mapped."""
-    names = set(os.listdir(SHARED_MEMORY)) - known
+    """Names in /dev/shm besides the `known` ones that no living process has made, mapped or open.
+
+    A name may tell who made it: torch and SGLang hand segments on by name, unmapped in between.
+    """
+    names = {name for name in set(os.listdir(SHARED_MEMORY)) - known if not _maker_lives(name)}
     if not names:
         return names
-    for path in Path("/proc").glob("[0-9]*/maps"):
+    for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            for line in path.read_text(errors="replace").splitlines():
-                if str(SHARED_MEMORY) in line:
-                    names.discard(line.partition(f"{SHARED_MEMORY}/")[2].split(" ")[0])
+            held = [line.partition("/")[2] for line in (process / "maps").read_text(errors="replace").splitlines()]
+            for descriptor in (process / "fd").iterdir():
+                with contextlib.suppress(OSError):
+                    held.append(os.readlink(descriptor).removeprefix("/"))
+            for path in held:
+                if f"/{path}".startswith(f"{SHARED_MEMORY}/"):
+                    names.discard(path.removeprefix(f"{SHARED_MEMORY}/"[1:]).split(" ")[0])
     return names & set(os.listdir(SHARED_MEMORY))
+
+
+def _maker_lives(name: str) -> bool:
+    found = re.match(r"(torch|sgl_shm_mq)_(\d+)_", name)
+    return found is not None and Path("/proc", found[2]).exists()

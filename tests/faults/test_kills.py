@@ -11,6 +11,7 @@ from runs import NUM_STEPS, SAVED_STEPS, Runs, committed_steps, differences, las
 
 STAGE = "megatron_fipo.metrics.run_logger:RunLogger.stage"
 FILES = "megatron_fipo.actor.checkpoint_files"
+UPSTREAM = "megatron.core.dist_checkpointing.strategies.filesystem_async"
 KILL = {"do": "SIGKILL", "rank": 0}
 # name -> where it happens, and the step of the checkpoint that is in place afterwards (0: none).
 # Steps 2, 4 and 5 are saved; everything but the first happens in step 3 or in the save after step 4.
@@ -26,10 +27,7 @@ POINTS: dict[str, tuple[dict[str, Any], int]] = {
         {"at": "megatron_fipo.metrics.records:append_record", "when": "half", "path": "*metrics.jsonl*", "call": 3},
         2,
     ),
-    "while a checkpoint is written": (
-        {"at": "megatron.core.dist_checkpointing.strategies.filesystem_async:_write_item", "when": "after", "call": 120},
-        2,
-    ),
+    "while a checkpoint is written": ({"at": f"{UPSTREAM}:_write_item", "when": "after", "call": 120}, 2),
     "after the data, before the manifest": ({"at": f"{FILES}:seal", "when": "before", "call": 2}, 2),
     "after the manifest, before the rename": (
         {"at": "os:rename", "when": "before", "path": "*/step_0000004"},
@@ -37,10 +35,8 @@ POINTS: dict[str, tuple[dict[str, Any], int]] = {
     ),
     "after the rename, before `latest`": ({"at": "os:rename", "when": "before", "path": "*/latest", "call": 2}, 2),
     "after `latest`": ({"at": "os:rename", "when": "after", "path": "*/latest", "call": 2}, 4),
-    "while old checkpoints are removed": (
-        {"at": "os:unlink", "when": "after", "path": "*.distcp", "call": 1},
-        4,
-    ),
+    "after an old checkpoint lost its name": ({"at": "os:rename", "when": "after", "path": "*/.removing_*"}, 4),
+    "while an old checkpoint is removed": ({"at": "os:unlink", "when": "after", "path": "*.distcp"}, 4),
 }
 
 
@@ -69,7 +65,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
 ) -> None:
     fault, wanted_step = POINTS[point]
     flags: dict[str, Any] = {"async_save": is_async, "auto_resume": True}
-    if "removed" in point:
+    if "old checkpoint" in point:
         flags["keep_last_checkpoints"] = 1
     ended = runs.run(tmp_path, [{**KILL, **fault}], **flags)
     assert ended.faults, f"{point} was never reached: {ended.stderr[-2000:]}"
