@@ -108,6 +108,7 @@ def snapshot_of(actor: Actor, step: int, trainer_state: Mapping[str, Any] | None
 
     agreed(take_small_files, control)
     gather_parameters(actor.chunks)
+    _begin_optimizer_state(actor)
     snapshots: list[Snapshot] = []
 
     def take() -> None:
@@ -168,6 +169,9 @@ def _take_over(actor: Actor, loaded: dict[str, Any], directory: Path) -> None:
     for name in ("scheduler", "optimizer"):
         if not isinstance(loaded.get(name), dict):
             raise CheckpointError(f"{directory / COMMON} holds no state of the {name}: a piece of the run is missing")
+    settings = loaded["optimizer"]
+    if _distributed_parts(actor) and "optimizer" not in settings and 0 not in settings:
+        raise CheckpointError(f"{directory / COMMON} holds no settings of the optimizer: a piece of the run is missing")
     for index, chunk in enumerate(actor.chunks):
         unwrapped(chunk).load_state_dict(loaded["model"][f"chunk_{index}"])
     try:
@@ -192,6 +196,20 @@ def _allocate_optimizer_state(actor: Actor) -> None:
         part._init_optimizer_states_with_dummy_values()
         for group, rate in zip(part.param_groups, rates):
             group["lr"] = rate
+
+
+def _begin_optimizer_state(actor: Actor) -> None:
+    """Before its first update the optimizer has no state to save: give it the one that update would begin with."""
+    if all(part.optimizer.state for part in _distributed_parts(actor)):
+        return
+    _allocate_optimizer_state(actor)
+    for part in _distributed_parts(actor):
+        for state in part.optimizer.state.values():
+            if "step" in state:
+                state["step"].zero_()
+        for group in part.optimizer.param_groups:
+            if "step" in group:
+                group["step"] = 0
 
 
 def _distributed_parts(actor: Actor) -> list[DistributedOptimizer]:

@@ -59,7 +59,6 @@ class CheckpointSaver:
         `latest` then names the checkpoint it named before. Collective over all ranks.
         """
         self.finish()
-        self._wait_for_removal()
         aside = begin_together(self._root, step, self._actor.groups.control)
         snapshot = snapshot_of(self._actor, step, trainer_state, score)
 
@@ -80,9 +79,12 @@ class CheckpointSaver:
         return self._commit() if done.item() else None
 
     def finish(self) -> Path | None:
-        """Wait for the save being written, and commit it; its directory, or None when there is none. Raises
-        CheckpointError on every rank when one could not write. Collective over all ranks."""
-        return None if self._pending is None else self._commit()
+        """Wait for the save being written, and commit it; its directory, or None when there is none. What it makes
+        needless is gone afterwards. Raises CheckpointError on every rank when one could not write. Collective over all
+        ranks."""
+        directory = None if self._pending is None else self._commit()
+        self._wait_for_removal()
+        return directory
 
     def close(self) -> None:
         """Give up what is being written and end the thread. What is left aside is removed by the next save. This rank
