@@ -12,8 +12,10 @@ import secrets
 import socket
 import threading
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +26,7 @@ from megatron_fipo.rollout.http_call import Call, CallFailed
 from megatron_fipo.rollout.interface import LOOPBACK
 from megatron_fipo.weights.bucket import BucketEntry, WeightBucket
 
+T = TypeVar("T")
 Ask = Callable[[Call], Awaitable[Any]]
 
 _JOIN_TIMEOUT_S = 60.0
@@ -35,7 +38,7 @@ class UpdateGroup:
     """A process group with an engine's ranks. Of no use any more once a broadcast failed."""
 
     name: str
-    backend: dist.Backend | Any
+    backend: Any  # torch's ProcessGroupGloo or ProcessGroupNCCL
     store: dist.TCPStore  # held: NCCL goes through it at its first collective
     timeout_s: float
 
@@ -56,8 +59,7 @@ async def join_update_group(
     host = host if backend == "nccl" else LOOPBACK
     name = f"weights-{secrets.token_hex(8)}"
     store, port = _serve_store(host)
-    making = _Making(store, name, backend, tp_size + 1)
-    making.thread.start()
+    making = _in_thread(partial(_new_backend, store, name, backend, tp_size + 1))
     payload = {
         "master_address": host,
         "master_port": port,
@@ -67,13 +69,12 @@ async def join_update_group(
         "backend": backend,
     }
     await ask(Call("/init_weights_update_group", payload, _JOIN_TIMEOUT_S))
-    while making.thread.is_alive():  # the engine has joined: this takes milliseconds
-        await asyncio.sleep(_POLL_S)
-    if making.error is not None:
-        raise CallFailed(f"did not join the group that weights come through: {making.error}") from making.error
-    assert making.group is not None
-    making.group.set_timeout(datetime.timedelta(seconds=timeout_s))
-    return UpdateGroup(name, making.group, store, timeout_s)
+    try:
+        group = await asyncio.wrap_future(making)  # the engine has joined: this takes milliseconds
+    except (RuntimeError, ValueError) as error:  # torch's errors are RuntimeErrors
+        raise CallFailed(f"did not join the group that weights come through: {error}") from error
+    group.set_timeout(datetime.timedelta(seconds=timeout_s))
+    return UpdateGroup(name, group, store, timeout_s)
 
 
 async def broadcast_bucket(ask: Ask, group: UpdateGroup, bucket: WeightBucket) -> None:
@@ -92,17 +93,17 @@ async def broadcast_bucket(ask: Ask, group: UpdateGroup, bucket: WeightBucket) -
     }
     asking = asyncio.ensure_future(ask(Call("/update_weights_from_distributed", payload, group.timeout_s)))
     try:
-        options = dist.BroadcastOptions()
-        options.rootRank, options.rootTensor, options.asyncOp = 0, 0, True
-        work = group.backend.broadcast([flat], options)
-        while not (asking.done() and work.is_completed()):
+        if flat.is_cuda:
+            torch.cuda.current_stream(flat.device).synchronize()  # the thread's stream does not wait for ours
+        launching = _in_thread(partial(_broadcast, group.backend, flat))
+        while not (asking.done() and launching.done() and launching.result().is_completed()):
             if asking.done():
                 asking.result()  # raises if the engine failed: it will not take its part
-            elif work.is_completed():
-                work.wait()  # raises if the broadcast failed
+            if launching.done() and launching.result().is_completed():
+                launching.result().wait()  # raises if the broadcast failed
             await asyncio.sleep(_POLL_S)
         asking.result()
-        work.wait()
+        launching.result().wait()
     except BaseException as error:
         asking.cancel()
         group.close()
@@ -143,26 +144,28 @@ def _serve_store(host: str) -> tuple[dist.TCPStore, int]:
     return store, port
 
 
-@dataclass(eq=False)
-class _Making:
-    """Making the group blocks until the engine does the same, so a thread does it; it gives up after a minute."""
+def _in_thread(work: Callable[[], T]) -> Future[T]:
+    """Run what blocks until an engine does its part. The thread does not keep the process from ending."""
+    result: Future[T] = Future()
 
-    store: dist.TCPStore
-    name: str
-    backend: Literal["gloo", "nccl"]
-    size: int
-    group: Any = None
-    error: Exception | None = None
-    thread: threading.Thread = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.thread = threading.Thread(target=self._make, daemon=True)
-
-    def _make(self) -> None:
+    def fulfil() -> None:
+        result.set_running_or_notify_cancel()
         try:
-            self.group = _new_backend(self.store, self.name, self.backend, self.size)
-        except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
-            self.error = error
+            result.set_result(work())
+        except BaseException as error:  # the waiting side's to handle
+            result.set_exception(error)
+
+    threading.Thread(target=fulfil, daemon=True).start()
+    return result
+
+
+def _broadcast(backend: Any, flat: Tensor) -> Any:
+    """Start the broadcast and return torch's Work. NCCL makes its connection at the first one, which blocks."""
+    if flat.is_cuda:
+        torch.cuda.set_device(flat.device)  # of this thread
+    options = dist.BroadcastOptions()
+    options.rootRank, options.rootTensor, options.asyncOp = 0, 0, True
+    return backend.broadcast([flat], options)
 
 
 def _new_backend(store: dist.TCPStore, name: str, backend: Literal["gloo", "nccl"], size: int) -> Any:

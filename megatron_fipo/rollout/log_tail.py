@@ -11,13 +11,13 @@ _LINE_CHARS = 300
 _EXCEPTION = re.compile(r"^(?:\S+: )?(?:\w+\.)*\w*(?:Error|Exception|Exit|Interrupt)\b(?:: .+)?$")
 
 
-def log_tail(path: Path) -> str:
+def log_tail(path: Path, start: int = 0) -> str:
     """The end of an error message: the last exception in the log's tail, then its last lines. Starts with a newline or
-    a full stop; says so if the log is missing or empty."""
+    a full stop; says so if the log is missing or empty. `start`: where, in bytes, the log of this start begins."""
     if not path.exists():
         return f". Its log {path} does not exist."
     with path.open("rb") as log:
-        log.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+        log.seek(max(start, path.stat().st_size - _TAIL_BYTES))
         text = log.read().decode(errors="replace")
     lines = [line[:_LINE_CHARS] for line in text.splitlines() if line.strip()]
     if not lines:

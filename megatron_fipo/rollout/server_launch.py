@@ -58,6 +58,7 @@ class ServerProcess:
     def __init__(self, start: ServerStart, *, append_log: bool = False) -> None:
         """Returns at once. The log is readable by its owner only; OSError when the process cannot be started."""
         self.log_path = start.log_path
+        self.log_start = Path(start.log_path).stat().st_size if append_log and Path(start.log_path).exists() else 0
         self.api_key = secrets.token_urlsafe(24)
         self._reservation = _reserve_port(start.host)
         self._segments: frozenset[Path] = frozenset()

@@ -342,7 +342,7 @@ class SGLangEngine:
             self._group = None
 
     def _error(self, what: str) -> EngineError:
-        tail = "" if self.process is None else log_tail(Path(self.process.log_path))
+        tail = "" if self.process is None else log_tail(Path(self.process.log_path), self.process.log_start)
         return EngineError(f"engine {self.name} {what}{tail}")
 
 

@@ -126,6 +126,10 @@ def test_the_log_tail_names_the_exception_and_shows_the_last_lines(tmp_path: Pat
     assert tail.endswith("    torch.OutOfMemoryError: no more\n    the end")
     assert "line 99" in tail
     assert "line 50" not in tail
+    start = log.stat().st_size
+    assert "is empty" in log_tail(log, start)
+    log.write_text(log.read_text() + "started again\n")
+    assert log_tail(log, start) == f"\nlast lines of {log}:\n    started again"
 
 
 def test_stopping_a_group_ends_its_children_and_removes_its_scratch(tmp_path: Path) -> None:
