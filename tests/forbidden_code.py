@@ -46,7 +46,7 @@ SHELLS = {"sh", "bash", "zsh", "dash", "csh", "ksh", "fish", "cmd", "cmd.exe", "
 
 
 def forbidden(tree: ast.Module, *, computes_names: bool = False) -> list[tuple[int, str]]:
-    """(line, what) of all that is forbidden in a file. With `computes_names` it may ask modules for names it computes."""
+    """(line, what) of what is forbidden in a file. With `computes_names` it may ask modules for names it computes."""
     aliases = _aliases(tree)
     called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     found: list[tuple[int, str]] = []

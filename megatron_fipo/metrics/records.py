@@ -46,9 +46,16 @@ def open_records(path: Path, *, resume_step: int | None) -> IO[str]:
 
 
 def append_record(file: IO[str], record: Mapping[str, Any]) -> None:
-    """Write one object as one line and flush it, so that whoever reads along sees whole records."""
-    file.write(json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n")
-    file.flush()
+    """Write one object as one line and flush it, so that whoever reads along sees whole records.
+
+    Raises ValueError naming the file when it cannot be written; resuming the run drops the piece of a line left there.
+    """
+    line = json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n"
+    try:
+        file.write(line)
+        file.flush()
+    except OSError as error:
+        raise ValueError(f"{file.name} cannot be written: {error}") from error
 
 
 def plain(key: str, value: Any, step: int) -> Any:
@@ -79,12 +86,15 @@ def _rewrite_until(path: Path, step: int) -> None:
         with contextlib.suppress(ValueError):  # the one line a dying writer may leave behind
             records.append(_parse(truncated, path, len(lines) + 1))
     aside = path.with_name(path.name + ".tmp")
-    with aside.open("w", encoding="utf-8", errors=SURROGATES) as file:
-        for record in records:
-            if record["step"] <= step:
-                append_record(file, record)
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with aside.open("w", encoding="utf-8", errors=SURROGATES) as file:
+            for record in records:
+                if record["step"] <= step:
+                    append_record(file, record)
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written anew: {error}") from error
 
 
 def _parse(line: str, path: Path, number: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -214,7 +214,8 @@ class RunLogger:
         if self._wandb is not None:
             self._wandb.close(succeeded=succeeded)
         for file in self._files.values():
-            file.close()
+            with nullcontext() if succeeded else suppress(OSError):  # it would write again what could not be written
+                file.close()
         steps = read_metrics(self._path(METRICS_FILE))
         if steps:
             draw_curves(

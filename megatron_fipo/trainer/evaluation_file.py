@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -77,15 +78,21 @@ class ResponseFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        with nullcontext() if kind is None else suppress(OSError):  # it would write again what could not be written
+            self._file.close()
 
     def append(self, problems: Sequence[EvaluatedProblem]) -> None:
-        """Add the next block's problems; they are on disk when this returns."""
+        """Add the next block's problems; they are on disk when this returns. Raises ValueError when the disk does not
+        take them; the next start drops the piece left there."""
         block = self.blocks[len(self.finished)]
         assert [problem.uid for problem in problems] == [prompt.problem.uid for prompt in block.prompts]
-        self._file.write(b"".join(line_of(record) for record in _records(block, problems)))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        lines = b"".join(line_of(record) for record in _records(block, problems))
+        try:
+            self._file.write(lines)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise ValueError(f"{self._path} cannot be written: {error}") from error
         self.finished.append(tuple(problems))
 
     def problems(self, data_set: str) -> list[EvaluatedProblem]:

@@ -26,22 +26,27 @@ OLDER_FORMATS = {1: "which says of every token who drew it", 2: "which ends with
 def write_rollouts(directory: str, step: int, groups: Sequence[Group], metrics: Mapping[str, float]) -> Path:
     """Write the groups that a step trains on, and the metrics of how they came about; returns the file.
 
-    The file appears under its name only when it is complete, and replaces an older recording of the step.
+    The file appears under its name only when it is complete, and replaces an older recording of the step. Raises
+    ValueError naming it when it cannot be written.
     """
-    Path(directory).mkdir(parents=True, exist_ok=True)
     path = _path(directory, step)
     header = {"format": FORMAT, "step": step, "num_groups": len(groups), "metrics": dict(metrics)}
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with unfinished.open("w", encoding="utf-8") as file:
-        digest = hashlib.sha256()
-        for record in (header, *map(group_to_dict, groups)):
-            line = json.dumps(record) + "\n"
-            digest.update(line.encode())
-            file.write(line)
-        file.write(json.dumps({"sha256": digest.hexdigest()}) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    digest = hashlib.sha256()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with unfinished.open("w", encoding="utf-8") as file:
+            for record in (header, *map(group_to_dict, groups)):
+                line = json.dumps(record) + "\n"
+                digest.update(line.encode())
+                file.write(line)
+            file.write(json.dumps({"sha256": digest.hexdigest()}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise ValueError(f"--record-rollouts: {path} cannot be written: {error}") from error
     return path
 
 
