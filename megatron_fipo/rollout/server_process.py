@@ -13,8 +13,9 @@ from megatron_fipo.rollout.pool import EnginePool
 from megatron_fipo.rollout.server_launch import ServerStart
 from megatron_fipo.rollout.sglang_engine import SGLangEngine
 from megatron_fipo.run_config import EngineSettings
+from megatron_fipo.weights.architecture import read_architecture
 from megatron_fipo.weights.bucket import ENGINE_LOADER
-from megatron_fipo.weights.fp8 import QUANTIZATION_CONFIG
+from megatron_fipo.weights.fp8 import check_fp8, engine_arguments
 
 SPARE_TOKENS = 8  # SGLang keeps 6 of its context to itself
 _OWN_ARGUMENTS = ("host", "port", "api_key", "model_path", "tp_size", "dtype", "context_length", "random_seed")
@@ -128,7 +129,7 @@ def start_engine(
         **(_cpu_arguments(context_length) if use_cpu else {}),
         **server_args,
         "custom_weight_loader": loaders,
-        **(_fp8_arguments(server_args) if fp8 else {}),
+        **(_fp8_arguments(model_dir, tp_size, server_args) if fp8 else {}),
     }
     start = ServerStart(
         arguments=arguments,
@@ -167,12 +168,13 @@ def _refuse(server_args: Mapping[str, Any]) -> None:
         raise ValueError(f"--sglang-tokenizer-worker-num is {workers!r}, but SGLang's API key guards one worker: use 1")
 
 
-def _fp8_arguments(server_args: Mapping[str, Any]) -> dict[str, Any]:
-    """For a model directory whose config.json says nothing of FP8. Its weights cannot be loaded as if they were: the
-    engine starts on dummies."""
-    override = json.loads(server_args.get("json_model_override_args") or "{}")
-    override["quantization_config"] = QUANTIZATION_CONFIG
-    return {"json_model_override_args": json.dumps(override), "load_format": "dummy"}
+def _fp8_arguments(model_dir: str, tp_size: int, server_args: Mapping[str, Any]) -> dict[str, Any]:
+    """What an engine with FP8 weights is started with, beside the user's own overrides of config.json."""
+    check_fp8(read_architecture(model_dir), tp_size)
+    arguments = engine_arguments()
+    of_user = json.loads(server_args.get("json_model_override_args") or "{}")
+    of_fp8 = json.loads(arguments["json_model_override_args"])
+    return {**arguments, "json_model_override_args": json.dumps({**of_user, **of_fp8})}
 
 
 def _cpu_arguments(context_length: int) -> dict[str, Any]:

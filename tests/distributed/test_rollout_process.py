@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from transformers import Qwen3Config
 
 from megatron_fipo.patches.sglang_cpu.plugin import ASKED_FOR
 from megatron_fipo.rollout.log_tail import log_tail
@@ -83,11 +84,17 @@ def test_fp8_weights_are_for_gpus_and_need_an_update_first(tmp_path: Path) -> No
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
     with pytest.raises(ValueError, match="--rollout-fp8 is set, but engines on a CPU"):
         start_engine(str(tmp_path), log_path=str(tmp_path / "log"), server_args={}, fp8=True, **SETTINGS)
-    arguments = _fp8_arguments({"json_model_override_args": '{"rope_theta": 1}'})
+    config = {"hidden_size": 256, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 256}
+    Qwen3Config(**config, head_dim=128, num_hidden_layers=1, architectures=["Qwen3ForCausalLM"]).save_pretrained(
+        tmp_path
+    )
+    arguments = _fp8_arguments(str(tmp_path), 2, {"json_model_override_args": '{"rope_theta": 1}'})
     assert arguments["load_format"] == "dummy"
     override = json.loads(arguments["json_model_override_args"])
     assert override["rope_theta"] == 1
     assert override["quantization_config"]["weight_block_size"] == [128, 128]
+    with pytest.raises(ValueError, match="--rollout-fp8"):
+        _fp8_arguments(str(tmp_path), 4, {})
 
 
 @pytest.mark.parametrize("failure", ["no log", "no process", "it dies at once"])
