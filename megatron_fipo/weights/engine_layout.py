@@ -1,7 +1,7 @@
 """What an engine must answer when asked for the checksums of its weights: SGLang's parameters, foretold from ours.
 
 SGLang 0.5.23 joins q, k and v, joins gate and up, stacks a layer's experts, pads the vocabulary to a multiple of 64,
-and cuts all of these over its tensor-parallel ranks. On a CPU it pads heads and FFN channels too, with zeros. Its
+and cuts all of these over its tensor-parallel ranks. On a CPU it pads the FFN's channels too, with zeros. Its
 weights_checker hashes each parameter's bytes, on a CPU with SHA-256 and on a GPU with a kernel of its own; both are
 made here piece by piece, as the tensors pass.
 """
@@ -126,11 +126,9 @@ class _Padding:
         if axis == "vocabulary":
             padded = _rounded_up(size, _VOCAB_PADDING)
             return padded if padded % self.tp_size == 0 else _rounded_up(size, _VOCAB_PADDING * self.tp_size)
-        if not self.is_cpu:
-            return size
-        if axis in ("channels", "expert channels"):
+        if self.is_cpu and axis in ("channels", "expert channels"):
             return _rounded_up(size, (BLOCK if self.is_fp8 else _CPU_CHANNEL_PADDING) * self.tp_size)
-        return size // self.num_query_groups * _rounded_up(self.num_query_groups, self.tp_size)
+        return size
 
 
 def engine_slice(tensor: Tensor, cut: tuple[Axis, int] | None, tp_rank: int, padding: _Padding) -> Tensor:
@@ -138,7 +136,7 @@ def engine_slice(tensor: Tensor, cut: tuple[Axis, int] | None, tp_rank: int, pad
     if cut is None:
         return tensor
     (axis, dim), tp_size = cut, padding.tp_size
-    if axis == "kv_heads" and not padding.is_cpu and tp_size > padding.num_query_groups:  # ranks that share a head
+    if axis == "kv_heads" and tp_size > padding.num_query_groups:  # ranks that share a head
         return tensor.chunk(padding.num_query_groups)[tp_rank * padding.num_query_groups // tp_size]
     size = padding.padded(axis, tensor.size(dim)) // tp_size
     num_own = (
