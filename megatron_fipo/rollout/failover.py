@@ -6,6 +6,7 @@ Every call to an engine runs beside a watch on its health, so that one that hang
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
@@ -100,8 +101,10 @@ async def together(*calls: Coroutine[Any, Any, T]) -> list[T]:
 async def _watch(engine: Engine, interval_s: float) -> Any:
     """Ends only by raising what the last of the missed checks raised."""
     missed = 0
+    last = time.monotonic()
     while True:
-        await asyncio.sleep(interval_s)
+        await asyncio.sleep(max(0.0, last + interval_s - time.monotonic()))
+        last = time.monotonic()
         try:
             await engine.acheck_health(interval_s)
         except EngineError:

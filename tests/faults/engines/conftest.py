@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 
 import pytest
+import torch
 from e2e.conftest import save_tiny_chat_model
-from engines.bench import Bench
+from engines.bench import Bench, is_listening
 from left_behind import nothing_left_behind
+
+from megatron_fipo.weights.bucket import make_buckets
 
 
 @pytest.fixture(autouse=True)
@@ -16,9 +18,12 @@ def leaves_nothing_behind() -> None:
     """The engines outlive a test here. `bench` looks for what they left once they have ended."""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     directory = tmp_path_factory.mktemp("engines")
+    next(
+        make_buckets([("any", torch.ones(1))], 1 << 10)
+    )  # torch's keeper of shared memory is this process's, and stays
     with nothing_left_behind("engines"):
         bench = Bench(save_tiny_chat_model(directory / "model"), directory)
         try:
@@ -26,6 +31,4 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
             yield bench
         finally:
             bench.close()
-    for port in bench.ports:
-        with socket.socket() as probe:
-            assert probe.connect_ex(("127.0.0.1", port)) != 0, f"something still listens on port {port}"
+    assert not [port for port in bench.ports if is_listening(port)]

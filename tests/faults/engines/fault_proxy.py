@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+_OURS = (b"connection:", b"authorization:")
 _LINGER_RESET = struct.pack("ii", 1, 0)  # close() then sends RST
 
 
@@ -31,7 +32,7 @@ class Exchange:
 
     async def forward(self) -> tuple[bytes, bytes]:
         """Ask the engine; (first line and headers with the empty line, body). Given up when the client is."""
-        answer = asyncio.create_task(_ask(self.proxy.upstream, self.head, self.body))
+        answer = asyncio.create_task(_ask(self.proxy, self.head, self.body))
         gone = asyncio.create_task(self.reader.read(1))
         try:
             await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -91,10 +92,11 @@ class Fault:
 
 
 class FaultProxy:
-    """One engine's. `url` stays the same; `upstream`, the engine's own URL, may change when it is started again."""
+    """One engine's. `url` stays the same; `upstream` and `key`, the engine's own, change when it is started again."""
 
-    def __init__(self, upstream: str) -> None:
+    def __init__(self, upstream: str, key: str) -> None:
         self.upstream = upstream
+        self.key = key
         self.paths: list[str] = []  # of all requests since `heal`
         self._fault: Fault | None = None
         self._loop = asyncio.new_event_loop()
@@ -160,12 +162,13 @@ class FaultProxy:
                 await writer.wait_closed()
 
 
-async def _ask(upstream: str, head: bytes, body: bytes) -> tuple[bytes, bytes]:
-    address = urlsplit(upstream)
+async def _ask(proxy: FaultProxy, head: bytes, body: bytes) -> tuple[bytes, bytes]:
+    address = urlsplit(proxy.upstream)
     reader, writer = await asyncio.open_connection(address.hostname, address.port, limit=1 << 26)
     try:
-        lines = [line for line in head.split(b"\r\n") if line and not line.lower().startswith(b"connection:")]
-        writer.write(b"\r\n".join([*lines, b"connection: close", b"", b""]) + body)
+        own = (b"connection: close", b"authorization: Bearer " + proxy.key.encode())
+        lines = [line for line in head.split(b"\r\n") if line and not line.lower().startswith(_OURS)]
+        writer.write(b"\r\n".join([*lines, *own, b"", b""]) + body)
         await writer.drain()
         answer_head = await reader.readuntil(b"\r\n\r\n")
         assert b"transfer-encoding" not in answer_head.lower(), answer_head

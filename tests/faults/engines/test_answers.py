@@ -11,15 +11,15 @@ from typing import Literal
 import numpy as np
 import pytest
 from engines.answer_faults import KINDS, STRANGER_KINDS, Kind
-from engines.bench import HEALTH_S, NUM_ENGINES, REQUESTS, SEQUENCES, Bench, update
+from engines.bench import NUM_ENGINES, QUICK_HEALTH_S, REQUESTS, SEQUENCES, Bench, update
 from fault_table import FaultTable
 
 from megatron_fipo.rollout.engine import NoEngineLeft
 from megatron_fipo.rollout.pool import EnginePool
 from megatron_fipo.types import Completion
 
-DRIP_TIMEOUT_S = 4.0
-SLACK_S = 6.0  # for a busy machine
+DRIP_TIMEOUT_S = 5.0
+SLACK_S = 20.0  # for a busy machine
 Call = Literal["generate", "score"]
 ALL = tuple(range(NUM_ENGINES))
 
@@ -44,9 +44,7 @@ class Case:
     @property
     def patience_s(self) -> float:
         """How long it may take until everything is answered. A hang is noticed by two missed checks."""
-        if self.kind.needs_timeout:
-            return DRIP_TIMEOUT_S + SLACK_S
-        return 4 * HEALTH_S + SLACK_S
+        return (DRIP_TIMEOUT_S if self.kind.needs_timeout else 4 * QUICK_HEALTH_S) + SLACK_S
 
 
 def cases(kinds: Sequence[Kind], moments: Sequence[float], *, shift: int = 0) -> list[Case]:
@@ -98,7 +96,7 @@ def is_answered_by_one(bench: Bench, pool: EnginePool, call: Call) -> bool:
 
 def problems_of_one(bench: Bench, case: Case) -> list[str]:
     """What is not as wanted when one engine fails."""
-    pool, said = bench.fresh_pool(request_timeout_s=DRIP_TIMEOUT_S) if case.kind.needs_timeout else bench.fresh_pool()
+    pool, said = bench.fresh_pool(**settings_for(case.kind))
     (index,) = case.engines
     fault = bench.proxies[index].inject(case.kind.fault(case.variant, case.moment, case.index))
     started = time.monotonic()
@@ -119,9 +117,7 @@ def problems_of_one(bench: Bench, case: Case) -> list[str]:
 
 def problems_of_all(bench: Bench, case: Case) -> list[str]:
     """What is not as wanted when every engine fails for good."""
-    pool, _ = bench.fresh_pool(
-        max_restarts=0, **({"request_timeout_s": DRIP_TIMEOUT_S} if case.kind.needs_timeout else {})
-    )
+    pool, _ = bench.fresh_pool(max_restarts=0, **settings_for(case.kind))
     injected = [proxy.inject(case.kind.fault(case.variant, case.moment, case.index)) for proxy in bench.proxies]
     started = time.monotonic()
     message = ""
@@ -137,6 +133,13 @@ def problems_of_all(bench: Bench, case: Case) -> list[str]:
     }
     pool.shutdown()
     return [problem for problem, is_fine in checks.items() if not is_fine]
+
+
+def settings_for(kind: Kind) -> dict[str, float]:
+    """Of a pool that is to notice this kind of fault in a short time."""
+    if kind.needs_timeout:
+        return {"request_timeout_s": DRIP_TIMEOUT_S}
+    return {"health_check_interval_s": QUICK_HEALTH_S} if kind.lasts and not kind.refuses else {}
 
 
 def run_cases(bench: Bench, faults: FaultTable, some: Sequence[Case]) -> None:
@@ -163,7 +166,7 @@ def test_a_failing_answer_at_other_moments_is_asked_of_the_others(bench: Bench, 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_when_all_fail_once_they_are_revived_and_answer(bench: Bench, faults: FaultTable, kind: Kind) -> None:
-    pool, said = bench.fresh_pool(**({"request_timeout_s": DRIP_TIMEOUT_S} if kind.needs_timeout else {}))
+    pool, said = bench.fresh_pool(**settings_for(kind))
     version = bench.version
 
     def revive() -> None:
