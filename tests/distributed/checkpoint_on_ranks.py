@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from actor_on_ranks import make_actor, make_groups, settings_for
 from megatron.core import parallel_state
 from tiny_models import make_sequences
 
+from megatron_fipo.actor import checkpoint_saver
 from megatron_fipo.actor.actor import Actor
 from megatron_fipo.actor.checkpoint import load_checkpoint, save_checkpoint
 from megatron_fipo.actor.checkpoint_files import (
@@ -21,6 +23,7 @@ from megatron_fipo.actor.checkpoint_files import (
     read_run_state,
     verify_checkpoint_together,
 )
+from megatron_fipo.actor.checkpoint_saver import CheckpointSaver
 from megatron_fipo.actor.optimizer import build_scheduler
 from megatron_fipo.trainer.exchange import scatter_shares
 
@@ -74,7 +77,55 @@ def damaged_copy(root: str) -> Path:
     return damaged
 
 
-def resume_case(model_dir: str, root: str, layout: dict[str, Any], bf16: bool) -> dict[str, Any]:
+def run_both_ways(model_dir: str, roots: str, layout: dict[str, Any], saved_step: int) -> dict[str, Any]:
+    """One case saved at once and beside training: both outcomes, and the files of the two that differ in a byte."""
+    found: dict[str, Any] = {}
+    for name, is_async in (("sync", False), ("async", True)):
+        found[name] = resume_case(model_dir, f"{roots}/{name}", layout, True, is_async=is_async, saved_step=saved_step)
+        parallel_state.destroy_model_parallel()
+    files = [
+        {path.name: path.read_bytes() for path in find_checkpoint(f"{roots}/{name}").iterdir()}
+        for name in ("sync", "async")
+    ]
+    found["names"] = sorted(files[0])
+    found["unlike"] = sorted(
+        name for name in files[0].keys() | files[1].keys() if files[0].get(name) != files[1].get(name)
+    )
+    return found
+
+
+def save_while_training(actor: Actor, root: str, saved_step: int, steps: range, *, is_async: bool) -> list[str]:
+    """Save, and train on; asynchronously nothing is written until that training is over. What `latest` says meanwhile
+    and at the end."""
+    go_on = threading.Event()
+    original = checkpoint_saver.write
+
+    def held(*arguments: Any) -> Any:
+        assert go_on.wait(120)
+        return original(*arguments)
+
+    checkpoint_saver.write = held
+    if not is_async:
+        go_on.set()
+    saver = CheckpointSaver(actor, root, is_async=is_async, say=print)
+    try:
+        saver.save(saved_step, {"position": 7})
+        train_steps(actor, steps)
+        assert saver.poll() is None
+        latest = Path(root) / "latest"
+        meanwhile = latest.read_text() if latest.exists() else "nothing"
+        go_on.set()
+        saver.finish()
+    finally:
+        go_on.set()
+        saver.close()
+        checkpoint_saver.write = original
+    return [meanwhile, latest.read_text()]
+
+
+def resume_case(
+    model_dir: str, root: str, layout: dict[str, Any], bf16: bool, is_async: bool = False, saved_step: int = SAVED_STEP
+) -> dict[str, Any]:
     """Train straight; train and save half-way; load into a new actor and go on. Names of what differs, and more."""
     made = make_groups(**layout)
 
@@ -87,9 +138,8 @@ def resume_case(model_dir: str, root: str, layout: dict[str, Any], bf16: bool) -
     wanted = state_of(straight)
 
     saving = new_actor()
-    train_steps(saving, range(SAVED_STEP))
-    save_checkpoint(saving, root, SAVED_STEP, {"position": 7})
-    train_steps(saving, range(SAVED_STEP, NUM_STEPS))
+    train_steps(saving, range(saved_step))
+    latest = save_while_training(saving, root, saved_step, range(saved_step, NUM_STEPS), is_async=is_async)
 
     resumed = new_actor()
     train_steps(resumed, range(5, 6))  # whatever it holds before must leave no trace
@@ -97,13 +147,14 @@ def resume_case(model_dir: str, root: str, layout: dict[str, Any], bf16: bool) -
     verify_checkpoint_together(directory)
     torch.manual_seed(99)
     same_layout = load_checkpoint(resumed, directory)
-    resumed_metrics = train_steps(resumed, range(SAVED_STEP, NUM_STEPS))
+    resumed_metrics = train_steps(resumed, range(saved_step, NUM_STEPS))
     return {
+        "latest": latest,
         "same_layout": same_layout,
         "state": read_run_state(directory),
         "saving_disturbs": differences(state_of(saving), wanted),
         "differences": differences(state_of(resumed), wanted),
-        "metrics_equal": resumed_metrics == metrics[SAVED_STEP * NUM_UPDATES :],
+        "metrics_equal": resumed_metrics == metrics[saved_step * NUM_UPDATES :],
         "lrs": [update["lr"] for update in metrics if update is not None],
         "num_tensors": len(wanted),
     }

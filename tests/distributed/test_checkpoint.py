@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from checkpoint_on_ranks import (
     NUM_UPDATES,
     SAVED_STEP,
     WARMUP_UPDATES,
+    run_both_ways,
     run_checks,
     run_expert_checks,
 )
@@ -17,11 +19,11 @@ from processes import run_ranks
 from tiny_models import save_model
 
 TWO_RANKS: dict[str, dict[str, Any]] = {
-    "dp2 bf16": {"layout": {}, "bf16": True},
+    "dp2 bf16": {"layout": {}, "bf16": True, "is_async": True},
     "pp2 tied bf16": {"layout": {"pp": 2}, "bf16": True},
-    "tp2 fp32": {"layout": {"tp": 2}, "bf16": False},
+    "tp2 fp32": {"layout": {"tp": 2}, "bf16": False, "is_async": True},
     "tp2 sp bf16": {"layout": {"tp": 2, "sp": True}, "bf16": True},
-    "pp2 vpp2 bf16": {"layout": {"pp": 2, "vpp": 2}, "bf16": True},
+    "pp2 vpp2 bf16": {"layout": {"pp": 2, "vpp": 2}, "bf16": True, "is_async": True},
     "cp2 bf16": {"layout": {"cp": 2}, "bf16": True},
 }
 ONE_RANK: dict[str, dict[str, Any]] = {"one rank fp32": {"layout": {}, "bf16": False}}
@@ -29,7 +31,7 @@ ONE_RANK: dict[str, dict[str, Any]] = {"one rank fp32": {"layout": {}, "bf16": F
 
 RESHARDED = "tp2 fp32"
 EXPERTS: dict[str, dict[str, Any]] = {
-    "ep2 fp32": {"layout": {"ep": 2}, "bf16": False},
+    "ep2 fp32": {"layout": {"ep": 2}, "bf16": False, "is_async": True},
     "tp2 sp fp32": {"layout": {"tp": 2, "sp": True}, "bf16": False},
 }
 EXPERTS_RESHARDED: dict[str, list[dict[str, Any]]] = {  # the first is the layout that saved
@@ -69,6 +71,8 @@ def test_a_resumed_run_is_the_undisturbed_one_to_the_last_bit(resumed: dict[str,
     assert outcome["saving_disturbs"] == []
     assert outcome["differences"] == []
     assert outcome["metrics_equal"]
+    is_async = {**ONE_RANK, **TWO_RANKS}[case].get("is_async", False)
+    assert outcome["latest"] == ["nothing" if is_async else "step_0000001", "step_0000001"]
     assert outcome["state"]["step"] == SAVED_STEP
     assert outcome["state"]["trainer"] == {"position": 7}
 
@@ -121,3 +125,40 @@ def test_experts_resume_to_the_last_bit_and_move_between_layouts(experts: dict[s
         assert other["parameters"].keys() == same["parameters"].keys()
         for name, value in same["parameters"].items():
             assert (other["parameters"][name] - value).abs().max() <= 1e-6, name
+
+
+@pytest.fixture(scope="module")
+def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """A grid of two by two in bf16, saved both ways: on every rank."""
+    directory = tmp_path_factory.mktemp("four")
+    save_model(directory / "model", "qwen2", tied=True)
+    kwargs = {"model_dir": str(directory / "model"), "roots": str(directory), "layout": {"tp": 2, "pp": 2}}
+    return run_ranks(directory, 4, run_both_ways, {**kwargs, "saved_step": SAVED_STEP}, timeout_s=400)
+
+
+@pytest.mark.parametrize("way", ["sync", "async"])
+def test_a_grid_of_tensor_and_pipeline_ranks_resumes_to_the_last_bit(
+    four_ranks: list[dict[str, Any]], way: str
+) -> None:
+    for found in four_ranks:
+        assert found[way]["same_layout"]
+        assert found[way]["saving_disturbs"] == []
+        assert found[way]["differences"] == []
+        assert found[way]["metrics_equal"]
+
+
+def test_an_asynchronous_save_writes_the_same_bytes(four_ranks: list[dict[str, Any]]) -> None:
+    found = four_ranks[0]
+    assert found["unlike"] == []
+    shards = [name for name in found["names"] if name.endswith(".distcp")]
+    assert shards == [f"__{rank}_{part}.distcp" for rank in range(4) for part in range(2)]
+
+
+def test_a_save_before_the_first_update_resumes_to_the_last_bit(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", "qwen2", tied=True)
+    kwargs = {"model_dir": str(tmp_path / "model"), "roots": str(tmp_path), "layout": {}, "saved_step": 0}
+    (found,) = run_ranks(tmp_path, 1, run_both_ways, kwargs, timeout_s=300)
+    for way in ("sync", "async"):
+        assert found[way]["saving_disturbs"] == []
+        assert found[way]["differences"] == []
+        assert found[way]["metrics_equal"]
