@@ -14,7 +14,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from megatron_fipo.trainer.recording import write_rollouts
 from megatron_fipo.types import GenerateRequest, SamplingSettings
 
 NUM_STEPS, SAVE_INTERVAL = 5, 2
+NUM_RECORDED = 60  # for longer runs
 SAVED_STEPS = (2, 4, 5)
 RUN_WITHIN_S = 120.0
 MAX_RESPONSE_LEN = 24
@@ -98,6 +99,10 @@ class Runs:
     def run(self, directory: Path, faults: Sequence[Mapping[str, Any]] = (), **more: Any) -> Ended:
         """`start`, and wait for the end. When a rank fails, the others are ended as torchrun would end them."""
         return self.start(directory, faults, **more).wait()
+
+    def on_ranks(self, num_ranks: int, **flags: Any) -> Runs:
+        """The same runs on another number of ranks, with `flags` more."""
+        return replace(self, num_ranks=num_ranks, flags={**self.flags, **_flags(flags)})
 
     def input_flags(self) -> dict[str, Any]:
         return {
@@ -169,7 +174,7 @@ def _flags(more: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_inputs(directory: Path) -> Path:
-    """A tiny model, problems, and recorded rollouts of NUM_STEPS steps drawn by a stand-in for an engine."""
+    """A tiny model, problems, and recorded rollouts drawn by a stand-in for an engine."""
     save_tiny_model(directory / "model")
     problems = [{"prompt": f"{i} + {i} = ", "label": str(2 * i)} for i in range(40)]
     (directory / "problems.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
@@ -180,7 +185,7 @@ def write_inputs(directory: Path) -> Path:
         generation_batch_size=6,
         sampling=SamplingSettings(max_response_len=MAX_RESPONSE_LEN),
     )
-    for step in range(1, NUM_STEPS + 1):
+    for step in range(1, NUM_RECORDED + 1):
         engine.weight_version = step - 1
         write_rollouts(str(directory / "rollouts"), step, *collector.collect(step))
     return directory
