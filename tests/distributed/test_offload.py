@@ -41,7 +41,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
     model_dirs = {name: str(directory / name) for name in ("dense", "experts")}
     outcomes: dict[str, list[dict[str, Any]]] = {}
     for num_ranks, cases in ((1, ONE_RANK), (2, TWO_RANKS)):
-        ranks = run_ranks(directory, num_ranks, run_cases, {"model_dirs": model_dirs, "cases": cases}, timeout_s=240.0)
+        ranks = run_ranks(directory, num_ranks, run_cases, {"model_dirs": model_dirs, "cases": cases}, timeout_s=400.0)
         outcomes |= {name: [rank[name] for rank in ranks] for name in cases}
     return outcomes
 

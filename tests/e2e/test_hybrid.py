@@ -17,7 +17,7 @@ def colocated(tiny_chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 def turns_of(placement: str, model_dir: Path, directory: Path) -> dict[str, Any]:
     arguments = {"model_dir": str(model_dir), "log_dir": str(directory), "placement": placement}
-    return run_ranks(directory, 1, take_turns, arguments, timeout_s=280.0)[0]
+    return run_ranks(directory, 1, take_turns, arguments, timeout_s=400.0)[0]
 
 
 def test_completions_carry_the_version_of_the_last_sync(colocated: dict[str, Any]) -> None:
