@@ -45,11 +45,6 @@ def let_reward_raise(command: Any, directory: Path) -> None:
 
 FAILURES: dict[str, tuple[Callable[[Any, Path], None], tuple[int, ...], list[str]]] = {
     # what is done to a run, the statuses it may end with, what stderr holds
-    "the engine is killed": (
-        kill_engine,
-        (1,),
-        ["error: engine engine-0 ended with signal 9", "last lines of", "engine-0.log"],
-    ),
     "a rank is killed": (kill_rank_1, (128 + 9,), ["error: rank 1 was ended by SIGKILL"]),
     "Ctrl-C": (interrupt_all, (128 + 2,), ["interrupted by SIGINT"]),
     "the launcher is terminated": (terminate_launcher, (128 + 15,), ["interrupted by SIGTERM"]),
@@ -73,6 +68,38 @@ def test_a_run_that_fails_says_so_and_leaves_nothing(
     assert "Traceback" not in command.stderr
     for text in wanted:
         assert text in command.stderr, command.stderr
+
+
+def test_a_killed_engine_is_started_again_and_the_run_goes_on(
+    tiny_chat_model: Path, tmp_path: Path, launch: Callable[[list[str]], Any]
+) -> None:
+    arguments = command_line(tiny_chat_model, tmp_path, lr=1e-6, rollout_num_engines=1)
+    with nothing_left_behind("killed engine"):
+        command = launch(arguments)
+        command.wait_for("a finished step", lambda: num_steps(tmp_path) >= 1, START_WITHIN_S)
+        kill_engine(command, tmp_path)
+        died_at = num_steps(tmp_path)
+        command.wait_for("steps with a new engine", lambda: num_steps(tmp_path) >= died_at + 4, START_WITHIN_S)
+        terminate_launcher(command, tmp_path)
+        assert command.wait(END_WITHIN_S) == 128 + signal.SIGTERM
+    assert "engine engine-0 ended with signal 9" in command.stderr, command.stderr
+    assert "engine engine-0 is started again (1 of 5)" in command.stderr, command.stderr
+    assert "engine engine-0 serves again, with weight version" in command.stderr, command.stderr
+    assert "Traceback" not in command.stderr
+
+
+def test_an_engine_that_may_not_be_started_again_ends_the_run(
+    tiny_chat_model: Path, tmp_path: Path, launch: Callable[[list[str]], Any]
+) -> None:
+    settings = {"lr": 1e-6, "rollout_num_engines": 1, "rollout_max_restarts": 0}
+    with nothing_left_behind("lost engine"):
+        command = launch(command_line(tiny_chat_model, tmp_path, **settings))
+        command.wait_for("a finished step", lambda: num_steps(tmp_path) >= 1, START_WITHIN_S)
+        kill_engine(command, tmp_path)
+        assert command.wait(END_WITHIN_S) == 1, command.stderr
+    for text in ("error: no engine is left", "engine engine-0 ended with signal 9", "last lines of", "engine-0.log"):
+        assert text in command.stderr, command.stderr
+    assert "Traceback" not in command.stderr
 
 
 def test_problems_that_tell_nothing_cannot_fill_a_batch(

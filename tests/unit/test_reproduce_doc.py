@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_fipo.arguments import Settings, parse_arguments
+from megatron_fipo.engine_nodes import engines_of_nodes
 from megatron_fipo.evaluation_arguments import parse_evaluation
 from megatron_fipo.flags.presets import PRESETS
 from megatron_fipo.parallel import ParallelLayout
@@ -77,18 +78,17 @@ def test_layouts_divide_the_models_and_the_ranks(text: str) -> None:
         assert (heads % tp, groups % tp, layers % pp) == (0, 0, 0)
         assert settings.batch.global_batch_size % layout.dp == 0
         assert rollout.rollout_max_prompt_len + rollout.rollout_max_response_len <= positions
-        assert engine.num_engines is not None
-        assert engine.num_engines * engine.tp_size == GPUS_PER_NODE  # of the first node
+        assert sum(engines_of_nodes(engine, [GPUS_PER_NODE] * num_nodes)) * engine.tp_size == layout.world_size
         assert heads % engine.tp_size == groups % engine.tp_size == 0
 
 
 def test_engines_are_given_the_time_that_a_generation_batch_takes(text: str) -> None:
-    for _, settings in training_commands(text):
+    for num_nodes, settings in training_commands(text):
         assert settings.rollout.over_sampling_batch_size is not None
-        assert settings.engine.num_engines is not None
+        num_engines = sum(engines_of_nodes(settings.engine, [GPUS_PER_NODE] * num_nodes))
         num_responses = settings.rollout.over_sampling_batch_size * settings.batch.n_samples_per_prompt
         num_tokens = num_responses * settings.rollout.rollout_max_response_len / 2
-        tokens_per_s = 10_000 * settings.engine.num_engines
+        tokens_per_s = 10_000 * num_engines
         assert settings.engine.request_timeout_s >= num_tokens / tokens_per_s, settings.run.output_dir
 
 
