@@ -110,9 +110,12 @@ def received_bucket(header: str, flat: Tensor) -> WeightBucket:
     return bucket
 
 
-def make_buckets(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[WeightBucket]:
+def make_buckets(
+    tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int, buffers: BucketBuffers | None = None
+) -> Iterator[WeightBucket]:
     """Cut a stream of (name, tensor) into buckets of at most `bucket_bytes`, each holding whole tensors in order; a
-    larger tensor gets a bucket of its own. Tensors are read when their bucket is made, one bucket at a time.
+    larger tensor gets a bucket of its own. Tensors are read when their bucket is made, one bucket at a time. With
+    `buffers`, buckets have `bucket_bytes` of memory from there.
 
     Raises ValueError on a repeated name, on an empty tensor and on tensors of one bucket on different devices.
     """
@@ -129,12 +132,12 @@ def make_buckets(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> It
         seen.add(name)
         size = aligned_bytes(tensor.nbytes)
         if pending and pending_bytes + size > bucket_bytes:
-            yield _fill_bucket(pending)
+            yield _fill_bucket(pending, bucket_bytes, buffers)
             pending, pending_bytes = [], 0
         pending.append((name, tensor))
         pending_bytes += size
     if pending:
-        yield _fill_bucket(pending)
+        yield _fill_bucket(pending, bucket_bytes, buffers)
 
 
 class BucketWriter:
@@ -185,14 +188,14 @@ def aligned_bytes(size_bytes: int) -> int:
     return math.ceil(size_bytes / _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
 
-def _fill_bucket(tensors: list[tuple[str, Tensor]]) -> WeightBucket:
+def _fill_bucket(tensors: list[tuple[str, Tensor]], bucket_bytes: int, buffers: BucketBuffers | None) -> WeightBucket:
     device = tensors[0][1].device
     for name, tensor in tensors:
         if tensor.device != device:
             raise ValueError(f"the weight {name} is on {tensor.device}, others of its bucket on {device}")
-    writer = BucketWriter(
-        [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors], device, BucketBuffers()
-    )
+    wanted = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors]
+    capacity_bytes = 0 if buffers is None else bucket_bytes
+    writer = BucketWriter(wanted, device, buffers or BucketBuffers(), capacity_bytes=capacity_bytes)
     for index, (_, tensor) in enumerate(tensors):
         writer.view(index).copy_(tensor.detach())
         writer.written(index)
