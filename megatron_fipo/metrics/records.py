@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -21,12 +22,13 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl (or evaluations.jsonl, samples.jsonl), in file order.
 
     Raises ValueError naming file and line for a line that is not a JSON object with an integer `step`, the last line
-    included: resuming the run repairs a line that its end cut short.
+    included (resuming the run repairs a line that its end cut short), and for a step that does not follow on the one
+    before: in a metrics.jsonl it is the next, elsewhere not an earlier one.
     """
     lines = Path(path).read_text(encoding="utf-8").split("\n")  # not splitlines: texts may hold U+2028
     if lines[-1] == "":
         lines.pop()
-    return [_parse(line, Path(path), number) for number, line in enumerate(lines, start=1)]
+    return _in_order([_parse(line, Path(path), number) for number, line in enumerate(lines, start=1)], Path(path))
 
 
 def open_records(path: Path, *, resume_step: int | None) -> IO[str]:
@@ -85,6 +87,7 @@ def _rewrite_until(path: Path, step: int) -> None:
     if truncated:
         with contextlib.suppress(ValueError):  # the one line a dying writer may leave behind
             records.append(_parse(truncated, path, len(lines) + 1))
+    _in_order(records, path)
     aside = path.with_name(path.name + ".tmp")
     try:
         with aside.open("w", encoding="utf-8", errors=SURROGATES) as file:
@@ -95,6 +98,14 @@ def _rewrite_until(path: Path, step: int) -> None:
         os.replace(aside, path)
     except OSError as error:
         raise ValueError(f"{path} cannot be written anew: {error}") from error
+
+
+def _in_order(records: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    for number, (before, record) in enumerate(itertools.pairwise(records), start=2):
+        rise = record["step"] - before["step"]
+        if rise < 0 or (rise != 1 and path.name == METRICS_FILE):
+            raise ValueError(f"{path}:{number}: step {record['step']} after step {before['step']}: the file is damaged")
+    return records
 
 
 def _parse(line: str, path: Path, number: int) -> dict[str, Any]:
