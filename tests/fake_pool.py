@@ -1,4 +1,4 @@
-"""A pool of engines that are a diary: what was asked of them, in order, and what they hold."""
+"""A pool of engines and an actor that keep one diary of what was asked of them, in order."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_fipo.parallel import ParallelLayout
 from megatron_fipo.rollout.engine import EngineError
 from megatron_fipo.types import Completion, GenerateRequest
-from megatron_fipo.weights.bucket import WeightBucket
+from megatron_fipo.weights.bucket import WeightBucket, make_buckets
+
+WEIGHTS = [("a.weight", torch.arange(4.0)), ("b.weight", torch.ones(2, 3)), ("c.bias", torch.full((5,), -1.0))]
+NAMES = [name for name, _ in WEIGHTS]
 
 
 class FakePool:
@@ -104,3 +108,42 @@ def sums(arch: Any, buckets: Iterator[WeightBucket], **_: Any) -> list[dict[str,
             for entry in bucket.entries
         }
     ]
+
+
+class FakeActor:
+    """One of `tp` ranks; its tensors "leave" and "enter" in the diary."""
+
+    arch, chunks, optimizer, device = None, (), None, torch.device("cpu")
+
+    def __init__(self, diary: list[Any], rank: int = 0, tp: int = 1) -> None:
+        self.diary = diary
+        self.layout = ParallelLayout(tp=tp, rank=rank)
+        self.exports = rank == 0
+        self.num_exhausted = 0
+
+    def export_buckets(self, bucket_bytes: int, *, receivers: Sequence[int], fp8: bool) -> Iterator[WeightBucket]:
+        if self.exports:
+            yield from make_buckets(WEIGHTS, bucket_bytes)
+        self.num_exhausted += 1
+
+
+class FakeOffloader:
+    def __init__(self, diary: list[Any]) -> None:
+        self.diary = diary
+        self.away: set[str] = set()
+
+    def leave(self, *parts: str) -> None:
+        self._note("leave", [part for part in parts if part not in self.away])
+        self.away |= set(parts)
+
+    def enter(self, *parts: str) -> None:
+        self._note("enter", [part for part in parts if part in self.away])
+        self.away -= set(parts)
+
+    def _note(self, what: str, parts: list[str]) -> None:
+        if parts:
+            self.diary.append((what, *parts))
+
+    @property
+    def bytes_away(self) -> int:
+        return len(self.away) << 30

@@ -2,66 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from fake_pool import FakePool, sums
+from fake_pool import NAMES, WEIGHTS, FakeActor, FakeOffloader, FakePool, sums
 
 from megatron_fipo.hybrid import node_engines, turns
 from megatron_fipo.hybrid.node_engines import first_difference
 from megatron_fipo.hybrid.states import TURNS, State, next_state
 from megatron_fipo.hybrid.turns import HybridEngine
-from megatron_fipo.parallel import ParallelLayout
 from megatron_fipo.rollout.engine import EngineError, NoEngineLeft
 from megatron_fipo.types import GenerateRequest, SamplingSettings
-from megatron_fipo.weights.bucket import WeightBucket, make_buckets
 
-WEIGHTS = [("a.weight", torch.arange(4.0)), ("b.weight", torch.ones(2, 3)), ("c.bias", torch.full((5,), -1.0))]
-NAMES = [name for name, _ in WEIGHTS]
 REQUEST = GenerateRequest("p/0", np.arange(3), SamplingSettings(max_response_len=4), seed=1)
 SERVED = [("begin",), ("push", NAMES), ("resume", "kv_cache")]  # then ("end", VERSION)
-
-
-class FakeActor:
-    """One of `tp` ranks; its tensors "leave" and "enter" in the diary."""
-
-    arch, chunks, optimizer, device = None, (), None, torch.device("cpu")
-
-    def __init__(self, diary: list[Any], rank: int = 0, tp: int = 1) -> None:
-        self.diary = diary
-        self.layout = ParallelLayout(tp=tp, rank=rank)
-        self.exports = rank == 0
-        self.num_exhausted = 0
-
-    def export_buckets(self, bucket_bytes: int, *, receivers: Sequence[int], fp8: bool) -> Iterator[WeightBucket]:
-        if self.exports:
-            yield from make_buckets(WEIGHTS, bucket_bytes)
-        self.num_exhausted += 1
-
-
-class FakeOffloader:
-    def __init__(self, diary: list[Any]) -> None:
-        self.diary = diary
-        self.away: set[str] = set()
-
-    def leave(self, *parts: str) -> None:
-        self._note("leave", [part for part in parts if part not in self.away])
-        self.away |= set(parts)
-
-    def enter(self, *parts: str) -> None:
-        self._note("enter", [part for part in parts if part in self.away])
-        self.away -= set(parts)
-
-    def _note(self, what: str, parts: list[str]) -> None:
-        if parts:
-            self.diary.append((what, *parts))
-
-    @property
-    def bytes_away(self) -> int:
-        return len(self.away) << 30
 
 
 class Stage:
