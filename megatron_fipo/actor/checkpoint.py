@@ -59,6 +59,7 @@ def save_checkpoint(actor: Actor, root: str | Path, step: int, trainer_state: Ma
 
 def begin_together(root: str | Path, step: int, control: dist.ProcessGroup) -> Path:
     """An empty directory aside, made by rank 0 and there on every rank. Raises CheckpointError on all. Collective."""
+    dist.barrier(group=control)  # a rank may still be giving up the save before
     name = agreed(lambda: str(begin_aside(Path(root), step)) if control.rank() == 0 else None, control)[0]
     assert name is not None, "rank 0 names the directory"
     aside = Path(name)
@@ -172,19 +173,22 @@ def _take_over(actor: Actor, loaded: dict[str, Any], directory: Path) -> None:
     settings = loaded["optimizer"]
     if _distributed_parts(actor) and "optimizer" not in settings and 0 not in settings:
         raise CheckpointError(f"{directory / COMMON} holds no settings of the optimizer: a piece of the run is missing")
-    for index, chunk in enumerate(actor.chunks):
-        unwrapped(chunk).load_state_dict(loaded["model"][f"chunk_{index}"])
-    try:
-        actor.optimizer.load_state_dict(_fitted_optimizer_state(actor, loaded["optimizer"]))
-    except (LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:
-        raise CheckpointError(
-            f"{directory / COMMON} holds an optimizer's state without, or with another, {reason(error)}"
-        ) from error
     missing = actor.scheduler.state_dict().keys() - loaded["scheduler"].keys()
     if missing:
         raise CheckpointError(f"{directory / COMMON} holds a scheduler's state without {', '.join(sorted(missing))}")
-    actor.scheduler.num_steps = 0  # it adds what it loads
-    actor.scheduler.load_state_dict(loaded["scheduler"])
+    what = "model"
+    try:
+        for index, chunk in enumerate(actor.chunks):
+            unwrapped(chunk).load_state_dict(loaded["model"][f"chunk_{index}"])
+        what = "optimizer"
+        actor.optimizer.load_state_dict(_fitted_optimizer_state(actor, settings))
+        what = "scheduler"
+        actor.scheduler.num_steps = 0  # it adds what it loads
+        actor.scheduler.load_state_dict(loaded["scheduler"])
+    except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{directory / COMMON} holds a state of the {what} without, or with another, {reason(error)}"
+        ) from error
 
 
 def _allocate_optimizer_state(actor: Actor) -> None:
@@ -321,7 +325,7 @@ def _hyperparameters(actor: Actor) -> dict[str, Any]:
 
 def _require_same_hyperparameters(directory: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     for name, value in wanted.items():
-        if found[name] != value:
+        if not isinstance(found[name], int | float | str | None) or found[name] != value:
             raise CheckpointError(
                 f"{directory} was trained with {name} {found[name]}, but this run's flags say {value}"
             )

@@ -106,6 +106,8 @@ def verify_checkpoint(directory: Path, *, rank: int = 0, num_ranks: int = 1) -> 
     Every rank checks names, kinds and sizes of all files and the SHA-256 of its share. Raises CheckpointError naming
     the first file that is missing, truncated, changed, not in the manifest, or no regular file.
     """
+    if directory.is_symlink():
+        raise CheckpointError(f"{shown(directory)} is a symbolic link, not a checkpoint's directory")
     listed = _read_manifest(directory)
     found = _files_in(directory)
     for name, entry in listed.items():
