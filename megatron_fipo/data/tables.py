@@ -6,6 +6,7 @@ batch at a time, by 64 bits that stand for a row's values; only the rows that di
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,7 @@ def open_dataset(directory: Path, split: str | None) -> Table:
         raise ValueError(
             f"{directory}: reading it needs the library datasets, installed with: pip install datasets ({error})"
         ) from error
+    _require_files_inside(directory)
     try:
         dataset: Any = datasets.load_from_disk(str(directory))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # whatever damaged JSON leads to
@@ -112,6 +114,23 @@ def open_dataset(directory: Path, split: str | None) -> Table:
             yield start, next(_readable(name, parts(rows, WHOLE_BATCH_ROWS)))
 
     return Table(name, dataset.data.schema, len(dataset), batches, batches_at)
+
+
+def _require_files_inside(directory: Path) -> None:
+    """Raise ValueError when the data set names a file or a split that lies outside of its directory."""
+    for path in (directory / "dataset_dict.json", *directory.glob("state.json"), *directory.glob("*/state.json")):
+        if not path.is_file():
+            continue
+        try:
+            found = json.loads(path.read_bytes())
+            names = [*found.get("splits", ()), *(file["filename"] for file in found.get("_data_files") or ())]
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ValueError(
+                f"{directory}: not readable as a dataset on disk: {type(error).__name__} in {path.name}: {error}"
+            ) from error
+        for name in names:
+            if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
+                raise ValueError(f"{path} names {name!r}, wanted a name in {path.parent}")
 
 
 def first_rows(table: Table, columns: Sequence[str], progress: Progress | None = None) -> list[int]:

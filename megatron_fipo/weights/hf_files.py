@@ -46,6 +46,7 @@ COPIED_FILES = (
 SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # a buffer that old files carry
 ROWS_PER_COMPARISON = 4096
+MAX_NAME_LEN = 200  # of a file that an index names
 
 
 class HFWeights:
@@ -188,7 +189,7 @@ def _find_files(directory: Path) -> list[Path]:
         raise ValueError(f"{directory} holds neither {SINGLE_NAME} nor {INDEX_NAME}")
     names = sorted(set(_read_weight_map(index).values()))
     for name in names:
-        if Path(name).name != name or not (directory / name).is_file():
+        if Path(name).name != name or len(name) > MAX_NAME_LEN or not (directory / name).is_file():
             raise ValueError(f"{index} names {name!r}, but {directory} has no such file")
     return [directory / name for name in names]
 
