@@ -30,7 +30,7 @@ from megatron_fipo.config import FIPOSettings
 from megatron_fipo.engine_nodes import RunEngines, await_engines, find_nodes, start_own_engines
 from megatron_fipo.hybrid.turns import HybridEngine
 from megatron_fipo.interruption import Signals
-from megatron_fipo.metrics.records import EVALUATIONS_FILE, METRICS_FILE, read_metrics
+from megatron_fipo.metrics.records import EVALUATIONS_FILE, read_metrics
 from megatron_fipo.metrics.run_logger import RunLogger
 from megatron_fipo.problems import Problems
 from megatron_fipo.rollout.pool import EnginePool
@@ -43,6 +43,9 @@ from megatron_fipo.trainer.sampling import CollectorPosition
 from megatron_fipo.user_function import load_user_function
 from megatron_fipo.weights.hf_files import write_hf_checkpoint
 from megatron_fipo.weights.mapping import checked_stream
+
+# What a checkpoint holds of the run besides Megatron's state, as it is before the first step; rank 0's.
+_NOTHING_DONE: dict[str, Any] = {"collector": None, "guards": None, "num_updates": 0}
 
 
 def run(settings: Settings, checked: Checked, problems: Problems | None, signals: Signals) -> bool:
@@ -67,14 +70,23 @@ def _run(
     stack.callback(shut_down)
     said: list[str] = [*settings.notes, *(problems.notes if problems is not None else ())]
     resume_from = _checkpoint_to_resume(settings, said.append)  # before the log drops what came after it
-    saved = read_run_state(resume_from) if resume_from is not None else {"step": 0}
+    saved: dict[str, Any] = {"step": 0, "trainer": _NOTHING_DONE}
+    if resume_from is not None:
+        saved = read_run_state(resume_from)
     first_step = saved["step"]
+    if not isinstance(saved["trainer"], dict) or saved["trainer"].keys() != _NOTHING_DONE.keys():
+        raise ValueError(
+            f"{resume_from} holds {saved['trainer']!r:.200} as the run's own state, but must hold "
+            f"{', '.join(_NOTHING_DONE)}: it cannot be resumed from"
+        )
     if first_step > settings.run.train_iters:
         raise ValueError(
             f"--train-iters is {settings.run.train_iters}, but {resume_from} (--load) already has {first_step} steps"
         )
     is_resumed = resume_from is not None or settings.run.auto_resume
-    log = stack.enter_context(_open_log(settings, layout.rank, first_step if is_resumed else None))
+    log = stack.enter_context(
+        _open_log(settings, layout.rank, first_step if is_resumed else None, saved["trainer"]["num_updates"])
+    )
     for note in said:
         log.say(note)
     custom = settings.rollout.custom_generate_function_path
@@ -99,7 +111,7 @@ def _run(
             log.say(f"{resume_from} was saved in another layout or precision: the run goes on, but not bit for bit")
     guards = None
     if layout.rank == 0:
-        guards = Guards(settings.guards, read_metrics(Path(settings.run.output_dir) / METRICS_FILE))
+        guards = Guards(settings.guards)
     engines: RunEngines | None = None
     if settings.rollout.replay_rollouts is None:
         with log.stage("start engines", part_of_step=False):
@@ -191,12 +203,14 @@ class _Stages:
 
     def restore(self, directory: Path, saved: Mapping[str, Any]) -> None:
         """Put back what the checkpoint in `directory`, whose run_state is `saved`, holds besides Megatron's state."""
-        state = saved["trainer"]
+        state = saved["trainer"]["collector"]
         save = self.settings.run.save
         if save is not None and Path(save).absolute() == directory.parent.absolute():
             self._saved_step = saved["step"]
 
         def restore() -> None:
+            assert self.guards is not None
+            self.guards.load_state_dict(saved["trainer"]["guards"])
             if self.rollout_side is None:
                 self._restored = state  # a replay moves no data position, and must not lose one
                 return
@@ -321,7 +335,11 @@ class _Stages:
             assert self.rollout_side is not None
             self.rollout_side.collector.go_back(self._before[1])
         side = self.rollout_side
-        state = side.collector.state_dict() if side is not None else self._restored
+        state = {
+            "collector": side.collector.state_dict() if side is not None else self._restored,
+            "guards": self.guards.state_dict() if self.guards is not None else None,
+            "num_updates": self.log.num_updates,
+        }
         with self.log.stage("save", part_of_step=False), self._actor_at_work():
             self.saver.save(step, state, score=self._scores.get(step))
         self._saved_step = step
@@ -346,7 +364,7 @@ class _Stages:
         write_hf_checkpoint(directory, self.settings.run.hf_checkpoint, tensors)
 
 
-def _open_log(settings: Settings, rank: int, resume_step: int | None) -> RunLogger:
+def _open_log(settings: Settings, rank: int, resume_step: int | None, num_updates: int) -> RunLogger:
     bounds = None
     if isinstance(settings.loss, FIPOSettings):
         bounds = (settings.loss.influence_low, settings.loss.influence_high)
@@ -355,6 +373,7 @@ def _open_log(settings: Settings, rank: int, resume_step: int | None) -> RunLogg
         total_steps=settings.run.train_iters,
         rank=rank,
         resume_step=resume_step,
+        num_updates=num_updates,
         tensorboard_dir=settings.run.tensorboard_dir,
         influence_bounds=bounds,
         config=config_values(settings),

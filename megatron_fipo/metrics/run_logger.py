@@ -45,8 +45,9 @@ _SPEEDS = (
 class RunLogger:
     """Rank 0's log of a run; on other ranks every method does nothing (stages are timed all the same).
 
-    `resume_step` None starts a fresh run, and k continues one after step k: whatever a later, dead run wrote after
-    step k is dropped. `total_steps` is the last step's number; `influence_bounds` are drawn into the curves.
+    `resume_step` None starts a fresh run, and k continues one after step k and `num_updates` updates: whatever a later,
+    dead run wrote after step k is dropped. `total_steps` is the last step's number; `influence_bounds` are drawn into
+    the curves.
     `config` (setting -> value, of JSON's types) and `config_text` (the same, to be read) go into config.json,
     TensorBoard and W&B. `wandb_project` logs to Weights & Biases too; `wandb_module` stands in for the package.
     Raises ValueError when a fresh run's directory already holds one, a record file is damaged, or W&B is not there.
@@ -59,6 +60,7 @@ class RunLogger:
         total_steps: int,
         rank: int = 0,
         resume_step: int | None = None,
+        num_updates: int = 0,
         tensorboard_dir: str | Path | None = None,
         influence_bounds: tuple[float, float] | None = None,
         config: Mapping[str, Any] | None = None,
@@ -71,7 +73,7 @@ class RunLogger:
         self._run_dir = Path(run_dir)
         self._influence_bounds = influence_bounds
         self._step = resume_step or 0
-        self._num_updates = 0
+        self.num_updates = num_updates  # logged so far, by this run and those that it continues
         self._files: dict[str, IO[str]] = {}
         self._display: Display | None = None
         self._tensorboard: TensorBoardLog | None = None
@@ -82,11 +84,10 @@ class RunLogger:
         self._run_dir.mkdir(parents=True, exist_ok=True)
         for name in (METRICS_FILE, EVALUATIONS_FILE, SAMPLES_FILE):
             self._files[name] = open_records(self._run_dir / name, resume_step=resume_step)
-        self._num_updates = sum(len(record.get("updates", ())) for record in read_metrics(self._path(METRICS_FILE)))
         self._tensorboard = TensorBoardLog(
             Path(tensorboard_dir or self._run_dir / "tensorboard"),
             resume_step=resume_step,
-            num_updates=self._num_updates,
+            num_updates=self.num_updates,
         )
         if config is not None:
             self._path(CONFIG_FILE).write_text(json.dumps(dict(config), indent=1) + "\n", encoding="utf-8")
@@ -167,10 +168,10 @@ class RunLogger:
         if self._wandb is not None:
             self._wandb.add(record, step, histograms)
         for update in record.get("updates", ()):
-            self._num_updates += 1
-            self._tensorboard.add_update(update, self._num_updates)
+            self.num_updates += 1
+            self._tensorboard.add_update(update, self.num_updates)
             if self._wandb is not None:
-                self._wandb.add_update(update, self._num_updates)
+                self._wandb.add_update(update, self.num_updates)
         self._display.step(record)
 
     def log_evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:

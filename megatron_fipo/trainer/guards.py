@@ -20,21 +20,15 @@ class GuardStopped(RuntimeError):
 
 
 class Guards:
-    """Checks each step's record, in order. Holds what outlives a step: counts in a row, the first steps' length.
+    """Checks each step's record, in order. Holds what outlives a step: counts in a row, the first steps' length."""
 
-    `earlier` are the records of the steps already made (a resumed run's metrics.jsonl); they are gone through in
-    silence, so that a resumed run warns and stops where the undisturbed one would have.
-    """
-
-    def __init__(self, settings: GuardSettings, earlier: Sequence[Record] = ()) -> None:
+    def __init__(self, settings: GuardSettings) -> None:
         self._settings = settings
         self._inert_steps = 0
         self._first_lengths: list[float] = []
         self._skipped_in_a_row = 0
         self._steps_wrong: dict[str, int] = {}  # guard -> steps running in which it looked wrong
         self._latest: dict[str, float] = {}
-        for record in earlier:
-            self._observe(record)
 
     def check(self, record: Record) -> list[str]:
         """Warnings about one step's record (as `log_step` takes it), each beginning with its guard's name.
@@ -54,6 +48,25 @@ class Guards:
         not, absent where the guard is off or had nothing to look at; `guards/skipped_updates` counts updates skipped in
         a row."""
         return dict(self._latest)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What outlives a step, in JSON types: with it a resumed run warns and stops as the undisturbed one would."""
+        return {
+            "inert_steps": self._inert_steps,
+            "first_lengths": list(self._first_lengths),
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "steps_wrong": dict(self._steps_wrong),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` gave. Raises ValueError when a part of it is missing."""
+        wanted = self.state_dict().keys()
+        if not isinstance(state, Mapping) or state.keys() != wanted:
+            raise ValueError(f"the saved state of the guards is {state!r}, but must hold {', '.join(wanted)}")
+        self._inert_steps = state["inert_steps"]
+        self._first_lengths = list(state["first_lengths"])
+        self._skipped_in_a_row = state["skipped_in_a_row"]
+        self._steps_wrong = dict(state["steps_wrong"])
 
     def _action(self, name: str) -> str:
         return "stop" if name == "skipped_updates" else str(getattr(self._settings, f"guard_{name}"))

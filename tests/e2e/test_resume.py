@@ -111,7 +111,7 @@ def test_the_undisturbed_run_is_worth_comparing(undisturbed: Path) -> None:
     assert all(step["grad_norm"] > 0 for step in steps)
     assert steps[0]["lr"] < steps[1]["lr"] < steps[3]["lr"] == 1e-3
     saved = json.loads((undisturbed / "saved" / "step_0000002" / "run_state.json").read_text())
-    waiting = saved["trainer"]["waiting"]
+    waiting = saved["trainer"]["collector"]["waiting"]
     assert any("group" in entry for entry in waiting), "no group was left over at the checkpoint"
     assert any("unfinished" in entry for entry in waiting), "no response was unfinished at the checkpoint"
     assert (undisturbed / "checkpoints" / "latest").read_text() == "step_0000004"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -207,9 +208,20 @@ def test_a_resumed_run_goes_on_as_the_undisturbed_one_would() -> None:
     undisturbed = check_all(whole, history)
     assert [len(texts) for texts in undisturbed].count(1) == 3  # steps 6, 16 and 26
     for step in (0, 3, 7, 20):
-        resumed = Guards(GuardSettings(), history[:step])
+        resumed = resumed_after(history[:step])
         assert check_all(resumed, history[step:]) == undisturbed[step:]
         assert resumed.metrics() == whole.metrics()
     inert = [healthy(1, updates=[ONE, ONE])]
     with pytest.raises(GuardStopped, match="2 steps running"):
-        Guards(GuardSettings(), inert).check(healthy(2, updates=[ONE, ONE]))
+        resumed_after(inert).check(healthy(2, updates=[ONE, ONE]))
+    with pytest.raises(ValueError, match="must hold inert_steps, first_lengths"):
+        Guards(GuardSettings()).load_state_dict({"inert_steps": 0})
+
+
+def resumed_after(history: list[dict[str, Any]]) -> Guards:
+    """Guards that have gone through `history`, saved and loaded."""
+    before = Guards(GuardSettings())
+    check_all(before, history)
+    after = Guards(GuardSettings())
+    after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+    return after

@@ -97,7 +97,7 @@ def test_resume_forgets_what_a_later_dead_run_wrote(tmp_path: Path) -> None:
     run(tmp_path, range(1, 5))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "accur')
-    run(tmp_path, range(3, 5), resume_step=2)
+    run(tmp_path, range(3, 5), resume_step=2, num_updates=4)
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
     assert [record["step"] for record in read_metrics(tmp_path / "evaluations.jsonl")] == [1, 2, 3, 4]
     samples = read_metrics(tmp_path / "samples.jsonl")
@@ -109,6 +109,11 @@ def test_resume_forgets_what_a_later_dead_run_wrote(tmp_path: Path) -> None:
 def test_resume_into_an_empty_directory_starts_there(tmp_path: Path) -> None:
     run(tmp_path, range(3, 5), resume_step=2)
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [3, 4]
+
+
+def test_updates_are_counted_on_in_a_directory_that_holds_none(tmp_path: Path) -> None:
+    run(tmp_path, range(3, 5), resume_step=2, num_updates=4)
+    assert [step for step, _ in scalars(tmp_path / "tensorboard/updates", "pg_loss")] == [5, 6, 7, 8]
 
 
 def test_a_whole_last_line_without_its_newline_is_kept(tmp_path: Path) -> None:

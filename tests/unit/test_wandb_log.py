@@ -100,7 +100,7 @@ def test_steps_updates_and_evaluations_have_their_own_axes(tmp_path: Path) -> No
 def test_a_resumed_run_goes_on_under_its_id_and_a_fresh_one_has_another(tmp_path: Path) -> None:
     first, second, other = FakeWandb(), FakeWandb(), FakeWandb()
     write(tmp_path / "a", first, range(1, 3))
-    write(tmp_path / "a", second, range(2, 4), resume_step=1)
+    write(tmp_path / "a", second, range(2, 4), resume_step=1, num_updates=2)
     write(tmp_path / "b", other, range(1, 2), wandb_exp_name="mine")
     ids = [fake.inits[0]["id"] for fake in (first, second, other)]
     assert ids[0] == ids[1] == (tmp_path / "a/wandb_id").read_text().strip()
