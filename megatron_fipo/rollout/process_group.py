@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -23,11 +24,12 @@ def stop_process_group(
     `known_segments`: what `shared_memory_of` found earlier, for a group that has already lost processes. Raises
     TimeoutError if a process outlives SIGKILL by `timeout_s` (it hangs in the kernel).
     """
-    members = group_members(group_id)
-    for segment in known_segments | _segments_of(members):  # first: whoever ends us may not wait
+    members = _stopped_members(group_id)
+    own = [psutil.Process()] if os.getpgid(0) == group_id else []
+    for segment in known_segments | _segments_of([*members, *own]):  # first: whoever ends us may not wait
         segment.unlink(missing_ok=True)
     for member in members:
-        _kill(member)
+        _send(member, signal.SIGKILL)
     _, alive = psutil.wait_procs(members, timeout=timeout_s)
     shutil.rmtree(scratch_dir, ignore_errors=True)
     if alive:
@@ -51,23 +53,35 @@ def group_members(group_id: int) -> list[psutil.Process]:
     return members
 
 
+def _stopped_members(group_id: int) -> list[psutil.Process]:
+    """The group's processes, stopped, so that none of them makes another segment or process before it is killed."""
+    stopped: dict[int, psutil.Process] = {}
+    while new := [member for member in group_members(group_id) if member.pid not in stopped]:
+        for member in new:
+            _send(member, signal.SIGSTOP)
+            stopped[member.pid] = member
+    return list(stopped.values())
+
+
 def _segments_of(members: list[psutil.Process]) -> frozenset[Path]:
-    """Found in the processes' memory maps."""
+    """Found among the processes' memory maps and open files (a file is open shortly before it is mapped)."""
     segments = set()
     for member in members:
-        try:
-            maps = Path(f"/proc/{member.pid}/maps").read_text()
-        except OSError:
-            continue  # ended meanwhile
-        for line in maps.splitlines():
+        lines: list[str] = []
+        with contextlib.suppress(OSError):  # ended meanwhile
+            lines += Path(f"/proc/{member.pid}/maps").read_text().splitlines()
+            for entry in os.listdir(f"/proc/{member.pid}/fd"):
+                with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                    lines.append(os.readlink(f"/proc/{member.pid}/fd/{entry}"))
+        for line in lines:
             path = line[line.find(_SHM) :] if _SHM in line else ""
             if path.removeprefix(_SHM).startswith(_LEFT_BEHIND):
                 segments.add(Path(path.removesuffix(" (deleted)")))
     return frozenset(segments)
 
 
-def _kill(process: psutil.Process) -> None:
+def _send(process: psutil.Process, number: signal.Signals) -> None:
     try:
-        process.send_signal(signal.SIGKILL)
+        process.send_signal(number)
     except psutil.NoSuchProcess:
         return  # ended meanwhile

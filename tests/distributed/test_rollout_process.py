@@ -156,6 +156,28 @@ def test_stopping_a_group_ends_its_children_and_removes_its_scratch(tmp_path: Pa
     assert not scratch.exists()
 
 
+def test_stopping_a_group_removes_the_segments_it_goes_on_making(tmp_path: Path) -> None:
+    code = (
+        "import mmap, os, sys\n"
+        "for number in range(100000):\n"
+        "    name = f'/dev/shm/sglang_loads_{sys.argv[1]}_{number}'\n"
+        "    file = os.open(name, os.O_CREAT | os.O_RDWR, 0o600)\n"
+        "    os.ftruncate(file, 4096)\n"
+        "    kept = mmap.mmap(file, 4096)\n"
+        "    if number: os.close(before); os.unlink(last)\n"
+        "    before, last = file, name\n"
+    )
+    for attempt in range(3):
+        mark = f"test{os.getpid()}x{attempt}"
+        maker = subprocess.Popen([sys.executable, "-c", code, mark], start_new_session=True)
+        deadline = time.monotonic() + 20
+        while not list(Path("/dev/shm").glob(f"sglang_loads_{mark}_*")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        stop_process_group(maker.pid, str(tmp_path / "none"))
+        maker.wait()
+        assert list(Path("/dev/shm").glob(f"sglang_loads_{mark}_*")) == []
+
+
 def test_the_server_ends_when_its_input_does(tmp_path: Path) -> None:
     server = subprocess.run(
         [sys.executable, "-m", "megatron_fipo.rollout.server"],
