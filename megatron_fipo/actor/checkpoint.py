@@ -35,6 +35,7 @@ from megatron_fipo.actor.checkpoint_files import (
 from megatron_fipo.actor.checkpoint_loading import load_sharded
 from megatron_fipo.actor.checkpoint_reading import read_tensors, reason
 from megatron_fipo.actor.checkpoint_writing import Snapshot, Written, saved, take_snapshot, write, write_metadata
+from megatron_fipo.actor.finite_weights import require_finite_weights
 from megatron_fipo.actor.model import gather_parameters, unwrapped
 from megatron_fipo.actor.retention import retire
 
@@ -95,9 +96,10 @@ def snapshot_of(actor: Actor, step: int, trainer_state: Mapping[str, Any] | None
     """This rank's part of the checkpoint after `step` finished steps, in memory of its own.
 
     `trainer_state` and `score` (rank 0; JSON) are written as they are. Raises CheckpointError on every rank when one
-    cannot take its part. Collective over all ranks.
+    cannot take its part, BrokenWeights when the weights hold a number that is not finite. Collective over all ranks.
     """
     rank, control = actor.layout.rank, actor.groups.control
+    require_finite_weights(actor.chunks, control, num_updates=actor.scheduler.num_steps)
     small_files: dict[str, bytes] = {}
 
     def take_small_files() -> None:
@@ -131,12 +133,16 @@ def load_checkpoint(actor: Actor, directory: Path) -> bool:
     control = actor.groups.control
     state = read_run_state(directory)
     require_same_architecture(directory, state["model"], _model_of(actor))
+    layout = _layout_of(actor)
+    unsaid = layout.keys() - state["layout"].keys()
+    if unsaid:
+        raise CheckpointError(f"{directory / RUN_STATE} holds a layout without {', '.join(sorted(unsaid))}")
     _allocate_optimizer_state(actor)
     wanted = _hyperparameters(actor)
     loaded = load_sharded(_sharded_state(actor, [], is_loading=True), directory, control)
     agreed(lambda: _take_over(actor, loaded, directory), control)
     _require_same_hyperparameters(directory, _hyperparameters(actor), wanted)
-    same_layout = state["layout"] == _layout_of(actor)
+    same_layout = state["layout"] == layout
     if same_layout:
         agreed(lambda: _set_rng_state(directory / f"rng_{actor.layout.rank}.pt"), control)
     return same_layout

@@ -151,6 +151,7 @@ EDITS: dict[str, Callable[[Path], object]] = {
     "format": lambda directory: (directory / "metadata.json").unlink(),
     "trainer": without("run_state.json", "trainer"),
     "layout": without("run_state.json", "layout"),
+    "tp": without("run_state.json", "layout", "tp"),
     "model": without("run_state.json", "model"),
     "tensor": metadata_edit(without_tensor),
     "piece": metadata_edit(without_piece),

@@ -24,6 +24,7 @@ MESSAGES = {
     "format": "metadata.json is missing",
     "trainer": "run_state.json holds no 'trainer'",
     "layout": "run_state.json holds no 'layout'",
+    "tp": "run_state.json holds a layout without tp",
     "model": "run_state.json holds no 'model'",
     "tensor": "holds no tensor optimizer.state.exp_avg.decoder.final_layernorm.weight, which this run needs",
     "piece": ".metadata has 0 of the 40 elements of 'decoder.final_layernorm.weight': pieces are missing",
