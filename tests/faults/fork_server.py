@@ -26,6 +26,7 @@ from typing import Any
 
 from left_behind import FORKED_SESSIONS
 
+ANSWERS_WITHIN_S = 300.0  # the first time it imports everything, on a machine that may be busy
 PRELOADED = ("megatron_fipo.train", "megatron_fipo.run", "megatron_fipo.checks", "megatron_fipo.problems")
 
 
@@ -59,8 +60,8 @@ class ForkServer:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(wanted).encode() + b"\n")
         self._process.stdin.flush()
-        while (message := self._next_message(60.0)) is None or "started" not in message:
-            assert message is not None, "the fork server does not answer"
+        while (message := self._next_message(ANSWERS_WITHIN_S)) is None or "started" not in message:
+            assert message is not None, f"the fork server does not answer within {ANSWERS_WITHIN_S} s"
             self._note(message)
         FORKED_SESSIONS.add(message["started"])
         return ForkedRun(self, message["started"], stdout, stderr)
