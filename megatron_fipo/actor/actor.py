@@ -15,6 +15,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from megatron_fipo.actor import pipeline
+from megatron_fipo.actor.finite_weights import require_finite_weights
 from megatron_fipo.actor.model import build_policy, gather_parameters, transformer_config
 from megatron_fipo.actor.optimizer import build_optimizer, build_scheduler
 from megatron_fipo.actor.owned_tensors import require_on_device
@@ -138,8 +139,12 @@ class Actor:
         return metrics
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The current weights as (Hugging Face name, tensor), on rank 0; every rank must exhaust the iterator."""
+        """The current weights as (Hugging Face name, tensor), on rank 0; every rank must exhaust the iterator.
+
+        Raises BrokenWeights on every rank when they hold a number that is not finite.
+        """
         gather_parameters(self.chunks)
+        require_finite_weights(self.chunks, self.groups.control, num_updates=self.scheduler.num_steps)
         return export_weights(self.chunks, self.arch, self.layout, self.groups, self.table)
 
     def export_buckets(
@@ -147,9 +152,11 @@ class Actor:
     ) -> Iterator[WeightBucket]:
         """The current weights in buckets for the engines, on each rank of `receivers`; every rank must exhaust it.
 
-        With `fp8` linear weights are block-quantised on the way (weights/fp8.py).
+        With `fp8` linear weights are block-quantised on the way (weights/fp8.py). Raises BrokenWeights as
+        `export_weights`.
         """
         gather_parameters(self.chunks)
+        require_finite_weights(self.chunks, self.groups.control, num_updates=self.scheduler.num_steps)
         return export_buckets(
             self.chunks,
             self.arch,

@@ -111,7 +111,7 @@ def _of_weights(actor: Any, values: list[float], root: str) -> dict[str, dict[st
             weight[0] = value
         found[f"weight pushed {value}"] = {"error": _error_of(lambda: [None for _ in actor.export_weights()])}
         error = _error_of(lambda: save_checkpoint(actor, root, 1, {}))
-        found[f"weight saved {value}"] = {"error": error, "left": sorted(p.name for p in Path(root).glob("*"))}
+        found[f"weight saved {value}"] = {"error": error, "left": sorted(p.name for p in Path(root).glob("[!.]*"))}
         weight[0] = kept
         dist.barrier()
     return found

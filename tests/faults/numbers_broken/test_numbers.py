@@ -88,9 +88,10 @@ def judged(case: str, ranks: list[dict[str, Any]]) -> tuple[str, bool]:
 def must_be_skipped(quantity: str, value: float) -> bool:
     """All that is not finite, and 1e30 where nothing bounds it: as a gradient, or what scales one.
 
-    A log-prob of 1e30 makes a ratio, which is clamped; a loss plus 1e30 has the loss's own gradient.
+    A log-prob of 1e30 makes a ratio, which is clamped; a loss plus 1e30 has the loss's own gradient; an advantage of
+    1e30 may fall on a token whose ratio is clipped, which has none.
     """
-    return not math.isfinite(value) or quantity in ("gradient", "advantages", "loss times")
+    return not math.isfinite(value) or quantity in ("gradient", "loss times")
 
 
 def group_of(rewards: list[float], logprob: float = -1.0) -> Group:
@@ -130,7 +131,11 @@ def test_a_reward_gives_finite_advantages_or_an_error(faults: FaultTable, reward
 
 def test_a_grader_gives_no_verdict_that_is_not_finite(faults: FaultTable) -> None:
     results = grade(
-        "numbers_broken.broken_reward:reward", [""] * len(VALUES), [str(v) for v in VALUES], timeout_s=20, memory_bytes=2**30
+        "numbers_broken.broken_reward:reward",
+        [""] * len(VALUES),
+        [str(v) for v in VALUES],
+        timeout_s=20,
+        memory_bytes=2**30,
     )
     for value, result in zip(VALUES, results, strict=True):
         if math.isfinite(value):
