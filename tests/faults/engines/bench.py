@@ -116,13 +116,14 @@ class Bench:
         itself: it is started again."""
         for engine, proxy in zip(self.engines, self.proxies, strict=True):
             proxy.heal()
-            ask = urllib.request.Request(
-                engine.address.url + "/end_weight_update",
-                data=b"{}",
-                headers={"Authorization": f"Bearer {engine.address.api_key}", "Content-Type": "application/json"},
-            )
-            with contextlib.suppress(urllib.error.HTTPError):  # none was open
-                urllib.request.urlopen(ask, timeout=TIMEOUT_S).close()
+            for path in ("/end_weight_update", "/continue_generation"):
+                ask = urllib.request.Request(
+                    engine.address.url + path,
+                    data=b"{}",
+                    headers={"Authorization": f"Bearer {engine.address.api_key}", "Content-Type": "application/json"},
+                )
+                with contextlib.suppress(urllib.error.HTTPError):  # none was open
+                    urllib.request.urlopen(ask, timeout=TIMEOUT_S).close()
 
     def follow(self) -> None:
         """Point the proxies to where the engines are now."""
