@@ -5,12 +5,16 @@ SGLang imports this module in every scheduler process (its server argument `cust
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 
 from megatron_fipo.weights.bucket import received_bucket
+
+_KEPT = "_megatron_fipo_buffers"
+_NUM_KEPT = 2
 
 
 def load_bucket(model: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -27,3 +31,14 @@ def load_bucket(model: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> None
         left = [name for name, _ in tensors]  # a generator that was not exhausted has verified nothing
         if left:
             raise ValueError(f"weight bucket refused: SGLang's {type(model).__name__} did not take {left[0]}")
+        if bucket.home is not None:
+            _keep_mapped(model, bucket.home)
+
+
+def _keep_mapped(model: Any, flat: Tensor) -> None:
+    """Keep the trainer's buffers mapped: torch finds a mapping again when a later bucket lies in the same memory, and
+    mapping it anew costs several times the copy."""
+    kept: deque[Tensor] = getattr(model, _KEPT, deque(maxlen=_NUM_KEPT))
+    if all(flat.untyped_storage().data_ptr() != other.untyped_storage().data_ptr() for other in kept):
+        kept.append(flat)
+    setattr(model, _KEPT, kept)

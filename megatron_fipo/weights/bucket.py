@@ -79,8 +79,10 @@ class WeightBucket:
         return base64.b64encode(buffer.getvalue()).decode("ascii")
 
     def header(self) -> str:
-        """Names, shapes, dtypes, places and checksum as JSON."""
-        return json.dumps({"checksum": f"{self.checksum:016x}", "entries": _plain(self.entries)})
+        """Names, shapes, dtypes, places and checksum as JSON, and whether later buckets may lie in the same memory."""
+        is_reused = self.home is not None and self.home is not self.flat
+        checked = {"checksum": f"{self.checksum:016x}", "entries": _plain(self.entries)}
+        return json.dumps({**checked, "is_reused": is_reused})
 
     def _view(self, entry: BucketEntry) -> Tensor:
         return self.flat[entry.start : entry.end].view(entry.dtype).view(entry.shape)
@@ -93,14 +95,14 @@ class WeightBucket:
 
 def received_bucket(header: str, flat: Tensor) -> WeightBucket:
     """The bucket that arrived as `header` and `flat`, its checksum yet to be verified. ValueError if it is cut short or
-    the header is not one."""
+    the header is not one. `home` is set where later buckets may lie in the same memory."""
     try:
         found = json.loads(header)
         entries = tuple(
             BucketEntry(str(name), tuple(map(int, shape)), _DTYPES[dtype], int(start), int(end))
             for name, shape, dtype, start, end in found["entries"]
         )
-        bucket = WeightBucket(flat, entries, int(found["checksum"], 16))
+        bucket = WeightBucket(flat, entries, int(found["checksum"], 16), flat if found["is_reused"] else None)
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"weight bucket refused: its header is not one ({error!r}): {header[:200]}") from None
     for entry in entries:

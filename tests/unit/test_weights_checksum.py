@@ -147,7 +147,7 @@ def test_the_loader_refuses_a_bucket_that_is_cut_short() -> None:
 
 def test_the_loader_refuses_a_header_that_is_none() -> None:
     with pytest.raises(ValueError, match="weight bucket refused: its header is not one"):
-        received_bucket('{"entries": [["w", [1], "complex64", 0, 8]], "checksum": "0"}', noise(64))
+        received_bucket('{"entries": [["w", [1], "complex64", 0, 8]], "checksum": "0", "is_reused": false}', noise(64))
 
 
 def test_the_loader_refuses_a_model_that_does_not_take_everything() -> None:
