@@ -35,7 +35,8 @@ def write_aside(root: Path, step: int, score: object = None) -> Path:
     aside = begin_aside(root, step)
     for name, content in torch_dist_files().items():
         (aside / name).write_bytes(content)
-    (aside / "rng_0.pt").write_bytes(b"state")
+    for name in ("rng_0.pt", "common.pt", "metadata.json"):
+        (aside / name).write_bytes(b"state")
     state = {"step": step, "model": {}, "layout": {}, "trainer": {"surplus": []}, "score": score}
     (aside / "run_state.json").write_text(json.dumps(state))
     return aside

@@ -7,6 +7,7 @@ Nothing here knows what the files hold, except that torch_dist's `.metadata` is 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_fipo.actor.checkpoint_reading import (
     CheckpointError,
@@ -123,11 +125,13 @@ def verify_checkpoint(directory: Path, *, rank: int = 0, num_ranks: int = 1) -> 
     for name in _share(listed, rank, num_ranks):
         if sha256_of(directory / name) != listed[name]["sha256"]:
             raise CheckpointError(f"{directory / name} was changed: its SHA-256 is not the one in the manifest")
-    for name in (METADATA, RUN_STATE):
+    for name in (METADATA, RUN_STATE, COMMON, FORMAT):
         if name not in listed:
             raise CheckpointError(f"{directory / MANIFEST} lists no {name}: this is not a checkpoint of a run")
-    check_metadata(directory / METADATA)
-    read_json(directory / RUN_STATE)
+    for name in sorted({place.relative_path for place in check_metadata(directory / METADATA).storage_data.values()}):
+        if name not in listed:
+            raise CheckpointError(f"{directory / MANIFEST} lists no {name}, but {METADATA} says that tensors lie there")
+    _check_run_state(directory, listed)
 
 
 def verify_checkpoint_together(directory: Path) -> None:
@@ -154,10 +158,10 @@ def read_run_state(directory: Path) -> dict[str, Any]:
     return state
 
 
-def check_metadata(path: Path) -> None:
+def check_metadata(path: Path) -> Metadata:
     """Read torch_dist's `.metadata` admitting only what it is made of. Raises CheckpointError naming the file and the
     foreign class."""
-    parse_metadata(read_bytes(path, MAX_METADATA_BYTES), shown(path))
+    return parse_metadata(read_bytes(path, MAX_METADATA_BYTES), shown(path))
 
 
 def begin_aside(root: Path, step: int) -> Path:
@@ -296,6 +300,21 @@ def _from_rank_zero(function: Callable[[], T]) -> T:
     result = agreed(lambda: function() if dist.get_rank() == 0 else None, group)[0]
     assert result is not None, "rank 0 has a result"
     return result
+
+
+def _check_run_state(directory: Path, listed: Mapping[str, Any]) -> None:
+    """The run's state must be that of the step in the directory's name, and of as many ranks as left a random state."""
+    path = directory / RUN_STATE
+    state = read_json(path)
+    if _CHECKPOINT.fullmatch(directory.name) and state.get("step") != step_of(directory):
+        raise CheckpointError(f"{path} says step {ascii(state.get('step'))[:100]}, which is not {directory}'s")
+    layout = state.get("layout")
+    sizes = [layout.get(axis) for axis in ("tp", "pp", "cp", "dp")] if isinstance(layout, dict) else []
+    known = [size for size in sizes if isinstance(size, int)]
+    if known and len(known) == len(sizes):
+        for rank in range(math.prod(known)):
+            if f"rng_{rank}.pt" not in listed:
+                raise CheckpointError(f"{directory / MANIFEST} lists no rng_{rank}.pt, the random state of a rank")
 
 
 def _read_manifest(directory: Path) -> dict[str, dict[str, Any]]:

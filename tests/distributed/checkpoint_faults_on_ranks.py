@@ -206,7 +206,10 @@ def fallback(source: Path, root: Path) -> dict[str, Any]:
     said: list[str] = []
     if dist.get_rank() == 0:
         for step in (1, 2, 3):
-            shutil.copytree(source, root / f"step_000000{step}")
+            directory = Path(shutil.copytree(source, root / f"step_000000{step}"))
+            state = json.loads((directory / "run_state.json").read_text())
+            (directory / "run_state.json").write_text(json.dumps({**state, "step": step}))
+            reseal(directory)
         (root / "latest").write_text("step_0000003")
     dist.barrier()
     found = []

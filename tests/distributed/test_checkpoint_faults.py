@@ -11,7 +11,7 @@ from processes import run_ranks
 from tiny_models import save_model
 
 MESSAGES = {
-    "random state": "rng_1.pt is missing",
+    "random state": "manifest.json lists no rng_1.pt, the random state of a rank",
     "cpu state": "rng_1.pt holds no 'cpu' random state",
     "tracker": "rng_1.pt holds no 'tracker' random state",
     "optimizer": "common.pt holds no settings of the optimizer",
@@ -20,8 +20,8 @@ MESSAGES = {
     "scheduler": "common.pt holds no state of the scheduler",
     "num_steps": "common.pt holds a scheduler's state without num_steps",
     "lr_decay_style": "common.pt holds a scheduler's state without lr_decay_style",
-    "common": "common.pt is missing",
-    "format": "metadata.json is missing",
+    "common": "manifest.json lists no common.pt",
+    "format": "manifest.json lists no metadata.json",
     "trainer": "run_state.json holds no 'trainer'",
     "layout": "run_state.json holds no 'layout'",
     "tp": "run_state.json holds a layout without tp",

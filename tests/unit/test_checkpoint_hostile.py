@@ -265,9 +265,32 @@ def test_a_run_state_of_another_kind_is_refused(tmp_path: Path, change: dict[str
     directory = save(tmp_path, 1)
     state = json.loads((directory / "run_state.json").read_text())
     (directory / "run_state.json").write_text(json.dumps({**state, **change}))
-    verify_checkpoint(reseal(directory))
+    reseal(directory)
     with pytest.raises(CheckpointError, match=r"run_state\.json says"):
         read_run_state(directory)
+
+
+def test_a_checkpoint_under_another_steps_name_is_refused(tmp_path: Path) -> None:
+    directory = save(tmp_path, 1).rename(tmp_path / "step_0000002")
+    with pytest.raises(CheckpointError, match=r"run_state\.json says step 1, which is not .*step_0000002's"):
+        verify_checkpoint(directory)
+
+
+@pytest.mark.parametrize("name", ["common.pt", "metadata.json", "__0_0.distcp", ".metadata", "run_state.json"])
+def test_a_true_manifest_without_a_needed_file_is_refused(tmp_path: Path, name: str) -> None:
+    directory = save(tmp_path, 1)
+    (directory / name).unlink()
+    with pytest.raises(CheckpointError, match=r"manifest\.json lists no " + name):
+        verify_checkpoint(reseal(directory))
+
+
+def test_a_true_manifest_without_a_ranks_random_state_is_refused(tmp_path: Path) -> None:
+    directory = save(tmp_path, 1)
+    state = json.loads((directory / "run_state.json").read_text())
+    layout = {"tp": 2, "pp": 1, "cp": 1, "dp": 1}
+    (directory / "run_state.json").write_text(json.dumps({**state, "layout": layout}))
+    with pytest.raises(CheckpointError, match=r"manifest\.json lists no rng_1\.pt"):
+        verify_checkpoint(reseal(directory))
 
 
 def test_a_run_state_that_is_no_json_is_refused(tmp_path: Path) -> None:
