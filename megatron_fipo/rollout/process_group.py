@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import psutil
@@ -14,6 +15,8 @@ _SHM = "/dev/shm/"
 # What SGLang and multiprocessing create in /dev/shm and do not remove when they are killed. torch's segments are not
 # here: torch_shm_manager removes them, and the trainer may still be using them.
 _LEFT_BEHIND = ("sglang_loads_", "sgl_shm_", "sem.mp-", "psm_")
+
+_STILL = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP, psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 
 
 def stop_process_group(
@@ -60,7 +63,17 @@ def _stopped_members(group_id: int) -> list[psutil.Process]:
         for member in new:
             _send(member, signal.SIGSTOP)
             stopped[member.pid] = member
+        _await_stop(new)
     return list(stopped.values())
+
+
+def _await_stop(members: list[psutil.Process], *, timeout_s: float = 1.0) -> None:
+    """Return when none of them runs any more: a signal takes effect a moment after it was sent."""
+    deadline = time.monotonic() + timeout_s
+    for member in members:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while member.status() not in _STILL and time.monotonic() < deadline:
+                time.sleep(0.001)
 
 
 def _segments_of(members: list[psutil.Process]) -> frozenset[Path]:

@@ -164,7 +164,7 @@ def test_stopping_a_group_removes_the_segments_it_goes_on_making(tmp_path: Path)
         "    file = os.open(name, os.O_CREAT | os.O_RDWR, 0o600)\n"
         "    os.ftruncate(file, 4096)\n"
         "    kept = mmap.mmap(file, 4096)\n"
-        "    if number: os.close(before); os.unlink(last)\n"
+        "    if number: os.unlink(last); os.close(before)\n"
         "    before, last = file, name\n"
     )
     for attempt in range(3):
