@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -95,8 +95,10 @@ def engines_of_nodes(engine: EngineSettings, num_ranks: Sequence[int]) -> list[i
     return counts
 
 
-def start_own_engines(settings: Settings, nodes: Nodes, rank: int, device: torch.device) -> EnginePool | None:
-    """Start this node's engines, on its first rank, and return at once; None on other ranks."""
+def start_own_engines(
+    settings: Settings, nodes: Nodes, rank: int, device: torch.device, say: Callable[[str], None]
+) -> EnginePool | None:
+    """Start this node's engines, on its first rank, and return at once; None elsewhere. `say` hears of failures."""
     if rank not in nodes.receivers:
         return None
     node = nodes.first_ranks.index(rank)
@@ -115,11 +117,17 @@ def start_own_engines(settings: Settings, nodes: Nodes, rank: int, device: torch
         use_cpu=device.type == "cpu",
         first_gpu=nodes.num_ranks[node] if engine.placement == "disaggregated" else 0,
         first_index=sum(nodes.num_engines[:node]),
+        say=say,
     )
 
 
 def await_engines(
-    own: EnginePool | None, nodes: Nodes, engine: EngineSettings, control: dist.ProcessGroup, stack: ExitStack
+    own: EnginePool | None,
+    nodes: Nodes,
+    engine: EngineSettings,
+    control: dist.ProcessGroup,
+    stack: ExitStack,
+    say: Callable[[str], None],
 ) -> RunEngines:
     """Wait for the engines of every node, and connect rank 0 to those of the others. Collective over `control`.
 
@@ -147,6 +155,7 @@ def await_engines(
         max_retries=engine.max_retries,
         max_restarts=engine.max_restarts,
         health_check_interval_s=engine.health_check_interval_s,
+        say=say,
     )
     return RunEngines(nodes, stack.enter_context(everywhere), own)
 

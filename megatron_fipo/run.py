@@ -95,7 +95,7 @@ def _run(
     nodes = find_nodes(settings.engine, layout.rank, os.environ)
     own_engines: EnginePool | None = None
     if settings.rollout.replay_rollouts is None:
-        own_engines = start_own_engines(settings, nodes, layout.rank, device)  # start while the actor is built
+        own_engines = start_own_engines(settings, nodes, layout.rank, device, log.say)  # start while the actor is built
         if own_engines is not None:
             stack.enter_context(own_engines)
     with log.stage("start trainer", part_of_step=False):
@@ -115,7 +115,7 @@ def _run(
     engines: RunEngines | None = None
     if settings.rollout.replay_rollouts is None:
         with log.stage("start engines", part_of_step=False):
-            engines = await_engines(own_engines, nodes, settings.engine, groups.control, stack)
+            engines = await_engines(own_engines, nodes, settings.engine, groups.control, stack, log.say)
     stages = stack.enter_context(contextlib.closing(_Stages(settings, actor, problems, engines, guards, log, signals)))
     if resume_from is not None:
         stages.restore(resume_from, saved)

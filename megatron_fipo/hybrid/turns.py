@@ -3,7 +3,6 @@ generating. states.py has the table of turns, docs/hybrid-engine.md the picture.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
@@ -16,17 +15,13 @@ from megatron_fipo.hybrid.memory import GIB, memory_of_both
 from megatron_fipo.hybrid.node_engines import NodeEngines, NodeReport
 from megatron_fipo.hybrid.states import State, next_state
 from megatron_fipo.rollout.engine import EngineError, MemoryTag, NoEngineLeft
-from megatron_fipo.rollout.pool import EnginePool
+from megatron_fipo.rollout.pool import EnginePool, say_on_stderr
 from megatron_fipo.run_config import EnginePlacement
 from megatron_fipo.types import Completion, GenerateRequest
 
 T = TypeVar("T")
 
 _ALL_TAGS: tuple[MemoryTag, ...] = ("kv_cache", "weights")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 class HybridEngine:
@@ -52,7 +47,7 @@ class HybridEngine:
         fp8: bool = False,
         call_everyone: Callable[[], None] | None = None,
         on_turn: Callable[[State, Mapping[str, float]], None] | None = None,
-        say: Callable[[str], None] = _say,
+        say: Callable[[str], None] = say_on_stderr,
     ) -> None:
         """`pool`: all engines, on rank 0 and None elsewhere. On several nodes, `receivers` are the ranks that hand
         weights to their node's engines, and `local_pool` is the pool over those, on each of them; else it is `pool`.

@@ -28,7 +28,8 @@ T = TypeVar("T")
 _REASON_CHARS = 300
 
 
-def _say(line: str) -> None:
+def say_on_stderr(line: str) -> None:
+    """Where nobody else listens."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -62,7 +63,7 @@ class EnginePool:
         max_retries: int = EngineSettings.max_retries,
         max_restarts: int = EngineSettings.max_restarts,
         health_check_interval_s: float = EngineSettings.health_check_interval_s,
-        say: Callable[[str], None] = _say,
+        say: Callable[[str], None] = say_on_stderr,
     ) -> None:
         """`say` gets one line whenever an engine fails, is started again or serves again."""
         assert engines, "a pool needs at least one engine"

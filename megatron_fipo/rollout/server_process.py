@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import atexit
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_fipo.rollout.interface import LOOPBACK, listening_address
-from megatron_fipo.rollout.pool import EnginePool
+from megatron_fipo.rollout.pool import EnginePool, say_on_stderr
 from megatron_fipo.rollout.server_launch import ServerStart
 from megatron_fipo.rollout.sglang_engine import SGLangEngine
 from megatron_fipo.run_config import EngineSettings
@@ -41,13 +41,14 @@ def start_engines(
     use_cpu: bool,
     first_gpu: int = 0,
     first_index: int = 0,
+    say: Callable[[str], None] = say_on_stderr,
 ) -> EnginePool:
     """Start `num_engines` engines on this machine and return at once; `wait_ready` waits for them.
 
     `longest` is the longest prompt and response together, in tokens. Each engine has `engine.tp_size` GPUs of its own,
     from `first_gpu` on: 0 where engines share the trainer's, the number of this node's ranks where they do not. They
     are called engine-`first_index` and so on, and log to files of these names in `log_dir`. They listen on
-    `engine.interface`. Raises ValueError as `start_engine`.
+    `engine.interface`. `say` is told of engines that fail. Raises ValueError as `start_engine`.
     """
     host = listening_address(engine.interface)
     disaggregated = engine.placement == "disaggregated"
@@ -81,6 +82,7 @@ def start_engines(
         max_retries=engine.max_retries,
         max_restarts=engine.max_restarts,
         health_check_interval_s=engine.health_check_interval_s,
+        say=say,
     )
 
 

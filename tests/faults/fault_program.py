@@ -11,9 +11,13 @@ A fault is an object of
   do      the signal, such as "SIGKILL"; a list sends several, 1.3 s apart
   to      "self" (this rank; default) or "parent" (the launcher)
   pause_s how long the stage then seems to take (default: 0)
+  delay_s with "before": how far into the call it happens (default: 0)
 
 and happens once. A fault that is sent to nobody because its call never comes is no fault: the file that the variable
 FAULTS_DONE names gets one line for each that was sent.
+
+The variable FAULTS_ENGINE, if set, is the address (JSON) of an engine that is there already: the program connects to it
+where it would start engines of its own, which takes half a minute.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
@@ -32,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 DONE = "FAULTS_DONE"
+ENGINE = "FAULTS_ENGINE"
 PACKAGE = "megatron_fipo"
 GAP_S = 1.3  # two signals closer than a second are one request
 LANDS_WITHIN_S = 0.5  # a signal that goes round by the launcher
@@ -45,6 +51,15 @@ def inject(faults: Sequence[Mapping[str, Any]]) -> None:
         if fault.get("rank", 0) in (None, rank):
             counter = f"{os.environ[DONE]}.{rank}.{index}"
             _wrap(fault["at"], functools.partial(_faulty, fault=fault, main=main, counter=counter))
+
+
+def connect(address: Mapping[str, Any]) -> Any:
+    """The pool of the one engine at `address`."""
+    engine: Any = importlib.import_module("megatron_fipo.rollout.engine")
+    pool: Any = importlib.import_module("megatron_fipo.rollout.pool")
+    client: Any = importlib.import_module("megatron_fipo.rollout.sglang_engine")
+    client.SGLangEngine.process_id = 0  # its memory is not this run's
+    return pool.EnginePool([client.connect_engine(engine.EngineAddress(**address))])
 
 
 def _wrap(name: str, decorate: Callable[[Any], Any]) -> None:
@@ -87,7 +102,10 @@ def _faulty(function: Callable[..., Any], *, fault: Mapping[str, Any], main: int
             return result
         if fault["when"] == "half":
             _write_half(*arguments)
-        _send(fault, main)
+        if "delay_s" in fault:
+            threading.Timer(fault["delay_s"], _send, (fault, main)).start()
+        else:
+            _send(fault, main)
         return function(*arguments, **options)
 
     return call
@@ -121,6 +139,11 @@ def main() -> int:
     for name in ("train", "run", "checks", "problems"):  # what the program imports only when it has checked its flags
         importlib.import_module(f"{PACKAGE}.{name}")
     inject(faults)
+    if ENGINE in os.environ:
+        address = json.loads(os.environ[ENGINE])
+        _wrap(
+            f"{PACKAGE}.rollout.server_process:start_engines", lambda function: lambda *_, **options: connect(address)
+        )
     if not any("draw_curves" in fault["at"] for fault in faults):
         _wrap("megatron_fipo.metrics.curves:draw_curves", lambda function: lambda *arguments, **options: None)
     program: Any = importlib.import_module(f"{PACKAGE}.train")

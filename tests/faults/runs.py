@@ -14,13 +14,13 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from fake_rollouts import Engine, make_collector
-from fault_program import DONE
+from fault_program import DONE, ENGINE
 from fork_server import ForkedRun, ForkServer
 from megatron.core.safe_globals import register_safe_globals
 from processes import rank_environment
@@ -28,6 +28,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from megatron_fipo.rollout.server_process import start_engine
+from megatron_fipo.rollout.sglang_engine import SGLangEngine
 from megatron_fipo.trainer.recording import write_rollouts
 from megatron_fipo.types import GenerateRequest, SamplingSettings
 
@@ -53,6 +55,22 @@ REPLAYED_FLAGS: dict[str, Any] = {
     "save-interval": SAVE_INTERVAL,
     "output-dir": "out",
 }
+LIVE_FLAGS: dict[str, Any] = {
+    "rm-type": None,
+    "custom-rm-path": "own_reward:grade",
+    "eval-interval": 3,
+    "over-sampling-batch-size": 6,
+    "partial-rollout-len": 9,
+    "partial-rollout-older-tokens": "correct",
+    "use-tis": True,
+}
+REWARD = """
+from megatron_fipo.types import RewardResult
+
+def grade(response, ground_truth, **extra):
+    score = float(len(response) % 2)
+    return RewardResult(score, score, response)
+"""
 NOT_REPEATED = ("time/", "tokens_per_s", "memory")  # in the names of what depends on the machine's mood
 RECORDS = ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl")
 COMMON = "common.pt"
@@ -78,11 +96,13 @@ class Runs:
     inputs: Path
     num_ranks: int = 1
     flags: Mapping[str, Any] = field(default_factory=dict)
+    engine: SGLangEngine | None = None  # generates; None: recorded rollouts are replayed
 
     def start(self, directory: Path, faults: Sequence[Mapping[str, Any]] = (), **more: Any) -> Started:
         """The program as `num_ranks` processes in `directory`, with `faults` and flags `more`, under way."""
         directory.mkdir(parents=True, exist_ok=True)
         arguments = arguments_of({**self.input_flags(), **REPLAYED_FLAGS, **self.flags, **_flags(more)})
+        (directory / "own_reward.py").write_text(REWARD)
         done = directory / "faults-done.txt"
         for path in directory.glob(f"{done.name}*"):
             path.unlink()
@@ -90,6 +110,8 @@ class Runs:
             "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=datetime.timedelta(seconds=RUN_WITHIN_S)
         )
         env = {"TORCHDYNAMO_DISABLE": "1", "SPT_NOENV": "1", DONE: str(done)}
+        if self.engine is not None:
+            env[ENGINE] = json.dumps(asdict(self.engine.address))
         ranks = [
             self.server.start(arguments, faults, directory, rank_environment(rank, self.num_ranks, store.port, env))
             for rank in range(self.num_ranks)
@@ -104,12 +126,15 @@ class Runs:
         """The same runs on another number of ranks, with `flags` more."""
         return replace(self, num_ranks=num_ranks, flags={**self.flags, **_flags(flags)})
 
+    def with_engine(self, engine: SGLangEngine) -> Runs:
+        """The same runs, but generating and evaluating, with groups and unfinished responses left over at each step."""
+        return replace(self, engine=engine, flags={**self.flags, **LIVE_FLAGS})
+
     def input_flags(self) -> dict[str, Any]:
-        return {
-            "hf-checkpoint": self.inputs / "model",
-            "prompt-data": self.inputs / "problems.jsonl",
-            "replay-rollouts": self.inputs / "rollouts",
-        }
+        model, problems = self.inputs / "model", self.inputs / "problems.jsonl"
+        if self.engine is not None:
+            return {"hf-checkpoint": model, "prompt-data": problems, "eval-prompt-data": self.inputs / "held_out.jsonl"}
+        return {"hf-checkpoint": model, "prompt-data": problems, "replay-rollouts": self.inputs / "rollouts"}
 
 
 @dataclass(frozen=True)
@@ -177,7 +202,8 @@ def write_inputs(directory: Path) -> Path:
     """A tiny model, problems, and recorded rollouts drawn by a stand-in for an engine."""
     save_tiny_model(directory / "model")
     problems = [{"prompt": f"{i} + {i} = ", "label": str(2 * i)} for i in range(40)]
-    (directory / "problems.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    for name, part in (("problems", problems[:-4]), ("held_out", problems[-4:])):
+        (directory / f"{name}.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in part))
     engine = Engine(_is_right)
     collector = make_collector(
         engine,
@@ -306,6 +332,29 @@ def steps_done(directory: Path) -> int:
     """How many steps the run's log holds."""
     path = directory / "out" / "metrics.jsonl"
     return path.read_text().count("\n") if path.exists() else 0
+
+
+@contextlib.contextmanager
+def live_engine(inputs: Path, directory: Path) -> Iterator[SGLangEngine]:
+    """A real engine on the runs' model, which outlives the runs that use it."""
+    engine = start_engine(
+        str(inputs / "model"),
+        name="engine-0",
+        dtype="float32",
+        tp_size=1,
+        context_length=96,
+        random_seed=0,
+        log_path=str(directory / "engine-0.log"),
+        start_timeout_s=240.0,
+        request_timeout_s=120.0,
+        server_args={"max_total_tokens": 8192},
+        use_cpu=True,
+    )
+    try:
+        engine.wait_ready()
+        yield engine
+    finally:
+        engine.shutdown()
 
 
 @contextlib.contextmanager

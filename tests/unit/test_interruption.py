@@ -17,6 +17,11 @@ from megatron_fipo.interruption import REQUEUE, Signals
 ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
+def ask_and_wait(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(5)
+
+
 @pytest.mark.parametrize("number", ASKING)
 def test_a_signal_raises_where_it_may(number: signal.Signals) -> None:
     with Signals() as signals:
@@ -43,21 +48,24 @@ def test_what_may_be_interrupted_is_and_what_follows_is_not() -> None:
     with Signals() as signals:
         signals.defer()
         with pytest.raises(KeyboardInterrupt), signals.interruptible():
-            os.kill(os.getpid(), signal.SIGUSR1)
-            time.sleep(5)
+            ask_and_wait(signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGUSR1)
         assert signals.received == [signal.SIGUSR1] * 2
 
 
 def test_inside_an_interruptible_stage_a_part_can_be_kept_whole() -> None:
     steps = []
+
+    def stage(signals: Signals) -> None:
+        with signals.deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+            steps.append("whole")
+        steps.append("not reached")
+
     with Signals() as signals:
         signals.defer()
         with pytest.raises(KeyboardInterrupt), signals.interruptible():
-            with signals.deferred():
-                os.kill(os.getpid(), signal.SIGTERM)
-                steps.append("whole")
-            steps.append("not reached")
+            stage(signals)
     assert steps == ["whole"]
 
 
