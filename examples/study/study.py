@@ -45,6 +45,7 @@ from megatron_fipo.parallel import ParallelLayout
 from megatron_fipo.rewards import GraderPool
 from megatron_fipo.run_config import GuardSettings
 from megatron_fipo.trainer.evaluation import evaluate, summary
+from megatron_fipo.trainer.exchange import RankZero
 from megatron_fipo.trainer.generation import Grader
 from megatron_fipo.trainer.guards import Guards
 from megatron_fipo.trainer.loop import Rollout, Run, train
@@ -133,7 +134,6 @@ def run_once(
         def sync(version: int) -> None:
             engine.version = version  # the engine's weights are the actor's
 
-        evaluate_after(0)
         train(
             Run(
                 algorithm=algorithm,
@@ -143,6 +143,7 @@ def run_once(
                 num_updates=setup.num_updates,
                 layout=ParallelLayout(),
                 control=control,
+                rank_zero=RankZero(ParallelLayout(), control),
                 hidden_size=model.tokens.embedding_dim,
                 actor=LeapsActor(model, lr=setup.lr),
                 collect=partial(_rollout, collector),
@@ -150,6 +151,8 @@ def run_once(
                 sync_weights=sync,
                 evaluate=evaluate_after,
                 save=lambda step: None,
+                pause=lambda: None,
+                memory=dict,
                 eval_interval=setup.eval_interval,
                 save_interval=None,
                 engine_mismatch_limit=1e-3,
@@ -158,7 +161,6 @@ def run_once(
             ),
             first_step=0,
         )
-        evaluate_after(setup.num_steps)
     return {
         "seed": seed,
         "algorithm": algorithm,
