@@ -89,7 +89,7 @@ part() {
     if [[ $name == faults ]]; then
         [[ $ALL_FAULTS == 0 ]] || choice=(--all-faults)
         # a caller that selects tests wants no certain number of faults
-        [[ $# -gt 0 ]] || choice+=(--least-faults "${LEAST_FAULTS[$ALL_FAULTS]}")
+        [[ $# -gt 0 && $1 != --fault-table ]] || choice+=(--least-faults "${LEAST_FAULTS[$ALL_FAULTS]}")
     fi
     run "${settings[@]}" "$PYTHON" -m pytest "tests/$name" "${choice[@]}" "$@" || status=$?
     # 5: nothing collected, which is right when the caller selected the tests

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+BEGIN, END = "<!-- faults -->", "<!-- end of faults -->"
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -67,12 +69,16 @@ class FaultTable:
         ]
 
     def write_markdown(self, path: Path) -> None:
-        """The table as it stands in the documentation."""
+        """The table as it stands in the documentation: between BEGIN and END where the file has these, else alone."""
         lines = ["| fault | injected | as wanted | seconds |", "|---|---:|---:|---:|"]
         lines += [f"| {kind} | {count} | {good} | {seconds:.0f} |" for kind, count, good, seconds in self.rows()]
         _, count, good, seconds = self.total()
         lines.append(f"| **all** | **{count}** | **{good}** | **{seconds:.0f}** |")
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        table = "\n".join(lines) + "\n"
+        if path.exists() and BEGIN in (text := path.read_text(encoding="utf-8")):
+            before, after = text.split(BEGIN)[0], text.split(END)[1]
+            table = f"{before}{BEGIN}\n{table}{END}{after}"
+        path.write_text(table, encoding="utf-8")
 
     @staticmethod
     def _row(kind: str, faults: list[Fault]) -> tuple[str, int, int, float]:

@@ -41,3 +41,13 @@ def test_the_table_names_what_did_not_end_as_wanted(tmp_path: Path) -> None:
         "| bit flip | 1 | 1 | 2 |",
         "| **all** | **3** | **2** | **7** |",
     ]
+
+
+def test_the_table_takes_its_place_in_a_page(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# Faults\n<!-- faults -->\nold\n<!-- end of faults -->\nMore.\n")
+    make_table().write_markdown(page)
+    lines = page.read_text().splitlines()
+    assert lines[:3] == ["# Faults", "<!-- faults -->", "| fault | injected | as wanted | seconds |"]
+    assert lines[-3:] == ["| **all** | **3** | **2** | **7** |", "<!-- end of faults -->", "More."]
+    assert "old" not in lines

@@ -40,6 +40,12 @@ FIXED_KILLS = ("during generation", "after a sync")
 FIXED_SIGNALS = (("during generation", "SIGUSR1"), ("in an evaluation", "SIGTERM"))
 
 
+@pytest.fixture(autouse=True)
+def leaves_nothing_behind() -> None:
+    """The engine, and with it the keeper of the memory that weights came through, outlives a test here. `generating`
+    looks for what is left once it has ended."""
+
+
 @pytest.fixture(scope="module")
 def generating(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     """Runs with one live engine."""
