@@ -36,7 +36,7 @@ from megatron_fipo.problems import Problems
 from megatron_fipo.rollout.pool import EnginePool
 from megatron_fipo.trainer.custom_generation import FLAG as CUSTOM_GENERATE
 from megatron_fipo.trainer.evaluation_result import EvaluationResult, summary
-from megatron_fipo.trainer.exchange import RankZero, StopRequested, any_rank
+from megatron_fipo.trainer.exchange import RankZero, RankZeroFailed, StopRequested, any_rank
 from megatron_fipo.trainer.guards import Guards
 from megatron_fipo.trainer.loop import Rollout, Run, train
 from megatron_fipo.trainer.sampling import CollectorPosition
@@ -227,13 +227,21 @@ class _Stages:
         self.rank_zero.run(restore)
 
     def train(self, first_step: int) -> bool:
-        """Evaluate, train, evaluate, export. Returns whether it got to the end, and was not stopped by a signal."""
+        """Evaluate, train, evaluate, export. Returns whether it got to the end; where it did not, its state is saved.
+
+        A signal that stops a run which saves nothing raises KeyboardInterrupt, and RankZeroFailed on the ranks that it
+        did not reach.
+        """
         if self.hybrid is not None:
             with self.log.stage("first sync", part_of_step=False):
                 self._sync(first_step)
         if self.saver is not None:
             self.signals.defer()  # from here on there is something to save
         is_finished = train(self._as_run(), first_step=first_step)
+        if not is_finished and self.saver is None:  # there is nothing to go on from
+            if self.signals.received:
+                raise KeyboardInterrupt
+            raise RankZeroFailed("rank 0 was interrupted")
         if self.saver is not None:
             with self.log.stage("save", part_of_step=False):
                 self.saver.finish()
