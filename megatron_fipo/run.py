@@ -349,6 +349,7 @@ class _Stages:
             "num_updates": self.log.num_updates,
         }
         with self.log.stage("save", part_of_step=False), self._actor_at_work():
+            self.rank_zero.run(self.log.flush_to_disk)
             self.saver.save(step, state, score=self._scores.get(step))
         self._saved_step = step
 

@@ -35,7 +35,8 @@ def open_records(path: Path, *, resume_step: int | None) -> IO[str]:
     """Open a record file for appending; on resume first drop what a later, dead run wrote after `resume_step`.
 
     A last line without its newline was cut short by the writer's end and is dropped unless it parses. The file is
-    replaced atomically. Raises ValueError when a fresh run (`resume_step` None) finds records, or for a bad line.
+    replaced atomically. Raises ValueError when a fresh run (`resume_step` None) finds records, for a bad line, and for
+    a metrics.jsonl that ends before `resume_step`: nobody could tell the gap from damage later.
     """
     if path.exists() and path.stat().st_size > 0:
         if resume_step is None:
@@ -88,6 +89,11 @@ def _rewrite_until(path: Path, step: int) -> None:
         with contextlib.suppress(ValueError):  # the one line a dying writer may leave behind
             records.append(_parse(truncated, path, len(lines) + 1))
     _in_order(records, path)
+    if path.name == METRICS_FILE and records and records[-1]["step"] < step:
+        raise ValueError(
+            f"{path} ends with step {records[-1]['step']}, but the checkpoint to resume from has {step} steps: give an "
+            "--output-dir of its own to a run whose earlier records are elsewhere, or lost"
+        )
     aside = path.with_name(path.name + ".tmp")
     try:
         with aside.open("w", encoding="utf-8", errors=SURROGATES) as file:

@@ -8,6 +8,7 @@ tensorboard/updates), curves.png, and with Weights & Biases wandb/ and wandb_id.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -195,6 +196,14 @@ class RunLogger:
         for sample in samples:
             append_record(self._files[SAMPLES_FILE], {"step": step, **sample})
         self._tensorboard.add_texts(samples, step)
+
+    def flush_to_disk(self) -> None:
+        """Have all records on the disk, so that no checkpoint outlives those of its steps. ValueError naming a file."""
+        for file in self._files.values():
+            try:
+                os.fsync(file.fileno())
+            except OSError as error:
+                raise ValueError(f"{file.name} cannot be written: {error}") from error
 
     def say(self, message: str) -> None:
         """One message to the person watching, on stderr of rank 0, beside the live display."""

@@ -53,6 +53,26 @@ def scalars(directory: Path, tag: str) -> list[tuple[int, float]]:
     return [(event.step, pytest.approx(event.value)) for event in events.Scalars(tag)]
 
 
+def test_records_that_end_before_the_checkpoint_are_refused_and_kept(tmp_path: Path) -> None:
+    run(tmp_path, range(1, 3))
+    before = (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match=r"metrics.jsonl ends with step 2, but the checkpoint .* has 3 steps"):
+        RunLogger(tmp_path, total_steps=10, resume_step=3)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    run(tmp_path, range(3, 4), resume_step=2)
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_records_are_flushed_to_the_disk_on_demand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[int] = []
+    with RunLogger(tmp_path, total_steps=10) as logger:
+        monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(os.fstat(descriptor).st_ino))
+        logger.flush_to_disk()
+        names = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl")
+        assert flushed == [(tmp_path / name).stat().st_ino for name in names]
+    RunLogger(tmp_path, total_steps=10, rank=1).flush_to_disk()
+
+
 def test_a_step_is_one_line_with_its_values_and_seconds(tmp_path: Path) -> None:
     run(tmp_path, range(1, 3))
     first, second = read_metrics(tmp_path / "metrics.jsonl")
