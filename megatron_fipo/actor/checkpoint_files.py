@@ -13,7 +13,7 @@ import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -68,6 +68,11 @@ def checkpoints_in(root: Path) -> list[Path]:
         raise CheckpointError(f"{shown(root)} cannot be read: {reason(error)}") from error
     numbered = [(int(match[1]), int(match[2] or 0), name) for name in names if (match := _CHECKPOINT.fullmatch(name))]
     return [root / name for _, _, name in sorted(numbered, reverse=True)]
+
+
+def nameless_in(root: Path) -> list[Path]:
+    """What is left in `root` of checkpoints that lost their names."""
+    return sorted(root.glob(f"{_RETIRED}*"))
 
 
 def step_of(directory: Path) -> int:
@@ -165,10 +170,14 @@ def check_metadata(path: Path) -> Metadata:
 
 
 def begin_aside(root: Path, step: int) -> Path:
-    """An empty directory in `root` to write into. What interrupted saves and removals left there is removed."""
+    """An empty directory in `root` to write into. What interrupted saves and removals left there is removed; what
+    cannot be is in nobody's way if it is a removal's, and `retire` names it again."""
     with written(root):
         root.mkdir(parents=True, exist_ok=True)
-        for left_over in (*root.glob(f"{_ASIDE}*"), *root.glob(f"{_RETIRED}*")):
+        for left_over in root.glob(f"{_ASIDE}*"):
+            remove(left_over)
+    for left_over in nameless_in(root):
+        with suppress(OSError):
             remove(left_over)
     aside = root / f"{_ASIDE}step_{step:07d}"
     with written(aside):

@@ -9,6 +9,7 @@ from megatron_fipo.actor.checkpoint_files import (
     RUN_STATE,
     CheckpointError,
     checkpoints_in,
+    nameless_in,
     set_aside,
     step_of,
 )
@@ -18,13 +19,14 @@ _LARGEST = 1e300
 
 
 def retire(current: Path, *, keep_last: int | None, keep_best: int) -> list[Path]:
-    """Take their names from the checkpoints beside `current` that need not be kept; the directories now to remove.
+    """Take their names from the checkpoints beside `current` that need not be kept; the directories now to remove,
+    among them those of earlier calls that are still there.
 
     `current` is the one just committed, which `latest` names. Kept are the `keep_last` newest, it among them (None:
     all), and the `keep_best` with the highest scores, of equal ones the later. One that `current` replaces, of the same
     step, goes in any case. Later steps than `current`'s belong to a run that was left behind; they are not touched.
     """
-    earlier, retired = [], []
+    earlier, retired = [], nameless_in(current.parent)
     for directory in checkpoints_in(current.parent):
         if directory != current and step_of(directory) == step_of(current):
             retired.append(set_aside(directory))

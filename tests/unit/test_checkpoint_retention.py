@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from checkpoint_on_disk import reseal, save, step_of_latest
+from checkpoint_on_disk import reseal, save, step_of_latest, write_aside
 
-from megatron_fipo.actor.checkpoint_files import CheckpointError, checkpoints_in, find_valid_checkpoint
+from megatron_fipo.actor.checkpoint_files import CheckpointError, checkpoints_in, commit, find_valid_checkpoint, seal
 from megatron_fipo.actor.retention import retire
 
 
@@ -71,6 +71,23 @@ def test_a_removal_cut_short_leaves_nothing_that_looks_like_a_checkpoint(tmp_pat
     assert checkpoints_in(tmp_path) == [current]
     assert step_of_latest(tmp_path) == 2
     save(tmp_path, 3)
+    assert not retired.exists()
+
+
+def test_what_cannot_be_removed_ends_no_later_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+    (retired,) = retire(save(tmp_path, 2), keep_last=1, keep_best=0)
+    with monkeypatch.context() as patch:
+
+        def busy(path: Path) -> None:
+            raise OSError(16, "Device or resource busy", str(path))
+
+        patch.setattr(shutil, "rmtree", busy)
+        seal(aside := write_aside(tmp_path, 3))
+        current = commit(aside)
+        assert step_of_latest(tmp_path) == 3
+        assert retire(current, keep_last=None, keep_best=0) == [retired]  # to be tried again
+    save(tmp_path, 4)
     assert not retired.exists()
 
 
