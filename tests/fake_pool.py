@@ -28,6 +28,7 @@ class FakePool:
         self.failed: dict[str, str] = {}
         self.failing: dict[str, BaseException] = {}
         self.forever = False
+        self.names_not_starting: list[Sequence[str]] = []  # at each wait for those that were started again
         self.held: dict[str, torch.Tensor] = {}  # what the engines hold
         self.holding_else: set[str] = set()  # engines that say that they hold something else
         self.weight_version = 0
@@ -62,8 +63,10 @@ class FakePool:
         self.diary.append(("adopt", version, dict(failed), dict(addresses)))
         self.weight_version, self.failed = version, dict(failed)
 
-    def wait_ready(self) -> None:
-        self._do("wait ready")
+    def await_restarted(self) -> None:
+        self._do("await restarted")
+        if self.names_not_starting:
+            self.failed = dict.fromkeys(self.names_not_starting.pop(), "did not start")
 
     def release_memory(self, tags: Sequence[str]) -> None:
         self._do("release", *tags)

@@ -245,11 +245,14 @@ class HybridEngine:
                 if self._has_nodes and failed is not None and name in failed and name not in node.pool.failed:
                     node.pool.mark_failed(name, failed[name])
             started = node.do(node.pool.restart_failed)
-        if self._offloader is not None and any(self._everyones(bool(started))):
+        while self._offloader is not None and any(self._everyones(bool(started))):
             self._leave("parameters")
             self._wait_for_everyone()
+            started = None
             if node is not None:
-                node.do(node.pool.wait_ready)
+                node.do(node.pool.await_restarted)
+                if node.pool.num_alive == 0:  # once more, while it has the device to itself
+                    started = node.do(node.pool.restart_failed)
 
     def _is_check_due(self, node: NodeEngines) -> bool:
         interval = self._check_interval

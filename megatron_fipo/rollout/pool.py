@@ -12,13 +12,14 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import numpy as np
 
 from megatron_fipo.rollout.engine import Engine, EngineAddress, EngineError, MemoryTag, NoEngineLeft
 from megatron_fipo.rollout.event_loop import run
 from megatron_fipo.rollout.failover import Ask, Spread, answer_all, together, watched
+from megatron_fipo.rollout.spread import spread_requests
 from megatron_fipo.run_config import EngineSettings
 from megatron_fipo.types import Completion, GenerateRequest
 from megatron_fipo.weights.bucket import WeightBucket
@@ -134,6 +135,12 @@ class EnginePool:
         if not self._in_state("up", "starting"):
             raise self._none_left("starting up")
 
+    def await_restarted(self) -> None:
+        """Return once every engine that was started again answers. One that does not is set aside, as in `wait_ready`;
+        NoEngineLeft only when none is left and none may be started once more."""
+        run(self._each(self._in_state("starting"), lambda engine: engine.await_ready(), watch=False))
+        self._require_one("starting again")
+
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
         """One completion per request, in their order, all of the pool's weight version.
 
@@ -180,7 +187,7 @@ class EnginePool:
         here, those that may be are started again."""
         assert not self._updating, "the last weight update was not ended"
         while True:
-            run(self._each(self._in_state("starting"), lambda engine: engine.await_ready(), watch=False))
+            self.await_restarted()
             run(self._each(self._in_state("up", "starting"), lambda engine: engine.abegin_weight_update()))
             if self._in_state("up", "starting"):
                 break
@@ -226,7 +233,8 @@ class EnginePool:
         self._require_one("releasing memory")
 
     def resume_memory(self, tags: Sequence[MemoryTag]) -> None:
-        """Engine.aresume_memory of what each engine has released. One started again since then holds all of it."""
+        """Engine.aresume_memory of what each engine has released. One started again since then holds all of it.
+        EngineError when none is left in an update: that ends the update."""
 
         async def resume(engine: Engine) -> None:
             member = self._member(engine)
@@ -237,7 +245,7 @@ class EnginePool:
 
         run(self._each(self._in_state("up", "starting"), resume))
         if self._updating and not self.num_alive:
-            self._updating = False
+            self._end_update_without_engines()
         self._require_one("resuming memory")
 
     def restart_failed(self) -> list[str]:
@@ -351,10 +359,13 @@ class EnginePool:
     def _in_update(self, call: Callable[[Engine], Coroutine[Any, Any, None]]) -> None:
         assert self._updating, "no weight update has begun"
         run(self._each(self._in_state("up", "starting"), call))
-        if not self._in_state("up", "starting"):
-            self._updating = False
-            self._require_one("a weight update")
-            raise EngineError(f"every engine failed in a weight update\n{self._reasons()}")
+        if not self.num_alive:
+            self._end_update_without_engines()
+
+    def _end_update_without_engines(self) -> NoReturn:
+        self._updating = False
+        self._require_one("a weight update")
+        raise EngineError(f"every engine failed in a weight update\n{self._reasons()}")
 
     async def _each(
         self, members: Sequence[_Member], call: Callable[[Engine], Coroutine[Any, Any, T]], *, watch: bool = True
@@ -409,25 +420,6 @@ class EnginePool:
         ]
         tail = self._last_failed.reason.partition("\nlast lines of ")
         return "\n".join([*lines, *([(tail[1] + tail[2]).lstrip()] if tail[1] else [])])
-
-
-def spread_requests(requests: Sequence[GenerateRequest], num_engines: int) -> list[list[int]]:
-    """Indices of the requests each engine gets, ascending: whole groups of equal prompts, the costliest group first to
-    the engine with the least to do. A function of the requests alone, so that a repeated run spreads them alike."""
-    groups: dict[bytes, list[int]] = {}
-    for index, request in enumerate(requests):
-        groups.setdefault(request.prompt_ids.tobytes(), []).append(index)
-    costs = {
-        key: len(requests[members[0]].prompt_ids) + sum(requests[index].sampling.max_response_len for index in members)
-        for key, members in groups.items()
-    }
-    shares: list[list[int]] = [[] for _ in range(num_engines)]
-    load = [0] * num_engines
-    for key in sorted(groups, key=lambda key: (-costs[key], groups[key][0])):
-        target = min(range(num_engines), key=lambda engine: load[engine])
-        shares[target].extend(groups[key])
-        load[target] += costs[key]
-    return [sorted(share) for share in shares]
 
 
 def _check_completions(

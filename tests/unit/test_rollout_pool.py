@@ -14,7 +14,7 @@ import pytest
 from fake_engines import FakeEngine, assert_answered, make_pool, request, requests_for, update
 
 from megatron_fipo.rollout.engine import EngineError, NoEngineLeft
-from megatron_fipo.rollout.pool import spread_requests
+from megatron_fipo.rollout.spread import spread_requests
 from megatron_fipo.types import Completion, GenerateRequest
 
 

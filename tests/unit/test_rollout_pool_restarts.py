@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from fake_engines import FakeEngine, address_of, assert_answered, make_pool, requests_for, update
+from fake_engines import BUCKET, FakeEngine, address_of, assert_answered, make_pool, requests_for, update
 
 from megatron_fipo.rollout.engine import EngineError, NoEngineLeft
 from megatron_fipo.rollout.pool import EnginePool
@@ -201,6 +201,30 @@ def test_memory_is_resumed_only_where_it_was_released() -> None:
         ["release weights+kv_cache", "resume weights", "resume kv_cache", "release kv_cache", "release weights"],
         ["release kv_cache", "release weights"],
     ]
+
+
+def test_engines_that_all_fail_to_resume_memory_end_the_update() -> None:
+    engine = FakeEngine("e0", faults=[("resume kv_cache", "ended")])
+    pool, _ = make_pool(engine)
+    pool.release_memory(["kv_cache"])
+    pool.begin_weight_update()
+    pool.push_bucket(BUCKET)
+    with pytest.raises(EngineError, match="every engine failed in a weight update\n    engine e0 ended"):
+        pool.resume_memory(["kv_cache"])
+    assert pool.restart_failed() == ["e0"], "the update is over"
+    update(pool, 1)
+    assert_answered(pool.generate(requests_for(2)), requests_for(2), 1)
+
+
+def test_an_engine_that_fails_to_start_again_is_final_only_after_its_last_restart() -> None:
+    pool, _ = make_pool(FakeEngine("e0", faults=[("generate", "ended"), ("ready", "fell"), ("ready", "fell again")]))
+    with pytest.raises(EngineError):
+        pool.generate(requests_for(1))
+    assert pool.restart_failed() == ["e0"]
+    pool.await_restarted()
+    assert (pool.num_alive, pool.restart_failed()) == (0, ["e0"])
+    with pytest.raises(NoEngineLeft, match=r"engine e0 fell again \(started again 2 times\)"):
+        pool.await_restarted()
 
 
 def test_checksums_come_by_engine() -> None:

@@ -128,7 +128,7 @@ def test_an_engine_that_is_started_again_has_the_device_to_itself(monkeypatch: p
         ("leave", "gradients", "optimizer"),
         ("restart", "two"),
         ("leave", "parameters"),
-        ("wait ready",),
+        ("await restarted",),
         ("release", "kv_cache", "weights"),
         ("enter", "parameters"),
         ("resume", "weights"),
@@ -138,6 +138,23 @@ def test_an_engine_that_is_started_again_has_the_device_to_itself(monkeypatch: p
         ("resume", "kv_cache"),
         ("end", 1),
         ("checksums",),  # it has never been compared
+    ]
+
+
+def test_engines_that_do_not_start_again_are_tried_once_more_before_the_actor_comes_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stage = Stage(monkeypatch, offload_trainer=True)
+    stage.pool.failed = {"one": "died", "two": "died"}
+    stage.pool.names_not_starting = [["one", "two"]]
+    assert stage.engine.sync_weights(0) is None
+    assert stage.taken()[1:7] == [
+        ("restart", "one", "two"),
+        ("leave", "parameters"),
+        ("await restarted",),
+        ("restart", "one", "two"),
+        ("await restarted",),
+        ("release", "kv_cache", "weights"),
     ]
 
 
