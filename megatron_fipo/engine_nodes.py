@@ -128,15 +128,20 @@ def await_engines(
     control: dist.ProcessGroup,
     stack: ExitStack,
     say: Callable[[str], None],
+    *,
+    then_release: bool = False,
 ) -> RunEngines:
     """Wait for the engines of every node, and connect rank 0 to those of the others. Collective over `control`.
 
-    Raises EngineError on every rank when a node has none that starts. `stack` ends the connections.
+    `then_release`: they have given up their memory when this returns, which the first sync gives them back. Raises
+    EngineError on every rank when a node has none that starts. `stack` ends the connections.
     """
     failure: str | None = None
     if own is not None:
         try:
             own.wait_ready()
+            if then_release:
+                own.release_memory(("kv_cache", "weights"))
         except EngineError as error:
             failure = str(error)
     addresses = [member.address for member in own.engines] if own is not None else []

@@ -54,6 +54,8 @@ def test_the_help_names_every_flag_that_is_listed() -> None:
         (["--output-dir", "out", "--task", "x"], "--hf-checkpoint is None"),
         ([*NEEDED, "--eval-temprature", "1"], "unknown flag --eval-temprature; did you mean --eval-temperature"),
         ([*NEEDED, "--prompt-data", "x"], "unknown flag --prompt-data; did you mean --eval-prompt-data"),
+        ([*NEEDED, "--rollout-fp8"], "unknown flag --rollout-fp8"),
+        ([*NEEDED, "--rollout-placement", "colocated"], "unknown flag --rollout-placement"),
         ([*NEEDED, "--lr", "1"], "--lr is a Megatron-LM flag that is not supported here"),
         ([*NEEDED, "--sglang-model-path", "x"], "--sglang-model-path is decided by the run itself"),
         ([*NEEDED, "--eval-temperature", "warm"], "--eval-temperature is 'warm', but must be a number"),
