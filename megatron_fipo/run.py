@@ -15,8 +15,9 @@ import torch.distributed as dist
 
 from megatron_fipo.actor.actor import Actor
 from megatron_fipo.actor.checkpoint import load_checkpoint
-from megatron_fipo.actor.checkpoint_files import find_valid_checkpoint, read_run_state
+from megatron_fipo.actor.checkpoint_files import CheckpointError, find_valid_checkpoint, read_run_state
 from megatron_fipo.actor.checkpoint_saver import CheckpointSaver
+from megatron_fipo.actor.finite_weights import BrokenWeights
 from megatron_fipo.actor.setup import initialize_distributed, initialize_model_parallel, shut_down
 from megatron_fipo.arguments import Settings, config_text, config_values
 from megatron_fipo.assembly import (
@@ -93,27 +94,35 @@ def _run(
     if problems is not None and custom is not None:
         load_user_function(CUSTOM_GENERATE, custom)  # what is wrong with it shows before an engine starts
     nodes = find_nodes(settings.engine, layout.rank, os.environ)
+    has_engines = settings.rollout.replay_rollouts is None
+    # engines take what a GPU has free: the actor is built when they have let go of it. Elsewhere they start meanwhile
+    engines_first = has_engines and device.type == "cuda" and settings.engine.placement == "colocated"
+    engines: RunEngines | None = None
     own_engines: EnginePool | None = None
-    if settings.rollout.replay_rollouts is None:
-        own_engines = start_own_engines(settings, nodes, layout.rank, device, log.say)  # start while the actor is built
+    if has_engines:
+        own_engines = start_own_engines(settings, nodes, layout.rank, device, log.say)
         if own_engines is not None:
             stack.enter_context(own_engines)
-    with log.stage("start trainer", part_of_step=False):
-        if device.type == "cpu":
-            from megatron_fipo.patches.megatron_cpu import apply_patches
+    if device.type == "cpu":
+        from megatron_fipo.patches.megatron_cpu import apply_patches
 
-            apply_patches()
-        groups = initialize_model_parallel(
-            layout, seed=settings.run.seed, timeout_minutes=settings.run.distributed_timeout_minutes
-        )
+        apply_patches()
+    groups = initialize_model_parallel(
+        layout, seed=settings.run.seed, timeout_minutes=settings.run.distributed_timeout_minutes
+    )
+    if engines_first:
+        with log.stage("start engines", part_of_step=False):
+            engines = await_engines(
+                own_engines, nodes, settings.engine, groups.control, stack, log.say, then_release=True
+            )
+    with log.stage("start trainer", part_of_step=False):
         actor = build_trainer_side(settings, checked, groups)
         if resume_from is not None and not load_checkpoint(actor, resume_from):
             log.say(f"{resume_from} was saved in another layout or precision: the run goes on, but not bit for bit")
     guards = None
     if layout.rank == 0:
         guards = Guards(settings.guards)
-    engines: RunEngines | None = None
-    if settings.rollout.replay_rollouts is None:
+    if has_engines and not engines_first:
         with log.stage("start engines", part_of_step=False):
             engines = await_engines(own_engines, nodes, settings.engine, groups.control, stack, log.say)
     stages = stack.enter_context(contextlib.closing(_Stages(settings, actor, problems, engines, guards, log, signals)))
@@ -171,6 +180,7 @@ class _Stages:
                 keep_best=settings.run.keep_best,
                 say=log.say,
             )
+            self.rank_zero.after_failure.append(self._commit_what_is_written)
         self._saved_step: int | None = None
         self._scores: dict[int, float] = {}  # step -> its evaluation's; rank 0
         self._evaluated: set[int] = set()  # steps whose evaluations the records hold; rank 0
@@ -308,9 +318,22 @@ class _Stages:
         """Every rank sends its part of the weights; where no engine takes them, every rank ends."""
         if self.hybrid is None:
             return
-        failure = self.hybrid.sync_weights(version)
+        try:
+            failure: Exception | None = self.hybrid.sync_weights(version)
+        except BrokenWeights as error:  # like what is returned, on every rank
+            failure = error
         if failure is not None:
+            self._commit_what_is_written()
             raise failure
+
+    def _commit_what_is_written(self) -> None:
+        """All ranks are about to end the run for the same reason: the last asynchronous save is not lost by that."""
+        if self.saver is None:
+            return
+        try:
+            self.saver.finish()
+        except CheckpointError as error:
+            self.log.say(f"WARNING: the last checkpoint was not written: {error}")
 
     def _resync(self) -> None:
         """What all ranks do when rank 0 finds itself without engines in the middle of generating."""

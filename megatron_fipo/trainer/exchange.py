@@ -29,7 +29,8 @@ class StopRequested(Exception):
 class RankZero:
     """Runs rank 0's part of a stage while the other ranks wait for it.
 
-    `together` are functions of all ranks that rank 0 may call for in the middle of its part, with `call`.
+    `together` are functions of all ranks that rank 0 may call for in the middle of its part, with `call`; those of
+    `after_failure` all ranks call when its part failed, before they raise.
     `interruptible` and `deferred` say where a signal may raise KeyboardInterrupt (interruption.Signals has them).
     """
 
@@ -38,6 +39,7 @@ class RankZero:
     interruptible: Callable[[], AbstractContextManager[None]] = nullcontext
     deferred: Callable[[], AbstractContextManager[None]] = nullcontext
     together: dict[str, Callable[[], None]] = field(default_factory=dict)
+    after_failure: list[Callable[[], None]] = field(default_factory=list)
 
     def run(self, function: Callable[[], T], *, interruptible: bool = False) -> T | None:
         """Run `function` on rank 0 while the others wait; its result on rank 0, None elsewhere.
@@ -56,6 +58,9 @@ class RankZero:
         if isinstance(error, KeyboardInterrupt) and interruptible:
             error = StopRequested()
         kind, text = self._agreed(_ending_of(error))
+        if kind == "failed":
+            for collective in self.after_failure:
+                collective()
         if error is not None:
             raise error
         if kind == "stop":

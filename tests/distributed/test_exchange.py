@@ -86,6 +86,10 @@ def test_a_signal_in_what_may_be_interrupted_stops_every_rank(ranks: list[dict[s
     assert [rank["stop"] for rank in ranks] == ["StopRequested: ", "StopRequested: "]
 
 
+def test_after_a_failure_all_ranks_do_together_what_is_left(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["ended"] for rank in ranks] == [["rank 0, of True"], ["rank 1, of True"]]
+
+
 def test_rank_zero_calls_for_what_all_ranks_do_together(ranks: list[dict[str, Any]]) -> None:
     assert [rank["together"] for rank in ranks] == [["rank 0, of True"] * 2, ["rank 1, of True"] * 2]
     assert [rank["after calls"] for rank in ranks] == [42, None]
@@ -168,6 +172,11 @@ def on_two_ranks() -> dict[str, Any]:
     result = rank_zero.run(work)
     errors = {"error": raised_by(fail), "interrupt": raised_by(interrupt)}
     errors["stop"] = raised_by(interrupt, interruptible=True)
+    ended: list[str] = []
+    rank_zero.after_failure.append(lambda: ended.append(f"rank {rank}, of {any_rank(True, control)}"))
+    rank_zero.run(lambda: 0)
+    raised_by(fail)
+    raised_by(interrupt, interruptible=True)
     after_calls = rank_zero.run(call_twice)
     sequences = make_sequences(8) if rank == 0 else None
     mine = scatter_shares(sequences, 2, dp, control, 8)
@@ -184,6 +193,7 @@ def on_two_ranks() -> dict[str, Any]:
     return {
         "result": result,
         "together": together,
+        "ended": ended,
         "after calls": after_calls,
         "any": [any_rank(rank == 1, control), any_rank(False, control)],
         "calls": calls,

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 
 from megatron_fipo import run
+from megatron_fipo.actor.checkpoint_files import CheckpointError
+from megatron_fipo.actor.finite_weights import BrokenWeights
+from megatron_fipo.rollout.engine import EngineError
 from megatron_fipo.trainer.exchange import RankZeroFailed
 
 
@@ -40,3 +43,31 @@ def test_a_run_that_saves_is_not_finished_but_its_state_is_written(monkeypatch: 
     saver = SimpleNamespace(finish=lambda: finished.append("saved"))
     assert run._Stages.train(stages(received=[15], saver=saver), 0) is False
     assert finished == ["saved"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_that_ends_on_all_ranks_first_commits_what_is_being_written(fails: bool) -> None:
+    """Its error is the one that is raised, and not what became of the checkpoint."""
+    said: list[str] = []
+
+    def finish() -> None:
+        said.append("finish")
+        if fails:
+            raise CheckpointError("no space left")
+
+    self = stages(received=[], saver=SimpleNamespace(finish=finish))
+    self.log.say = said.append
+    self._commit_what_is_written = lambda: run._Stages._commit_what_is_written(self)
+    for outcome in ("returned", "raised"):
+        error = EngineError("no engine") if outcome == "returned" else BrokenWeights("NaN")
+
+        def sync(version: int, error: Exception = error) -> Exception:
+            if isinstance(error, BrokenWeights):
+                raise error
+            return error
+
+        self.hybrid = SimpleNamespace(sync_weights=sync)
+        with pytest.raises(type(error)):
+            run._Stages._sync(self, 3)
+    warnings = ["WARNING: the last checkpoint was not written: no space left"] if fails else []
+    assert said == ["finish", *warnings] * 2
