@@ -72,6 +72,11 @@ class Signals:
         """
         self._grace_s, self._status_at_once = seconds, status_at_once
 
+    @property
+    def defers(self) -> bool:
+        """Whether signals are noted and raise nothing: what goes wrong now was not a signal's doing."""
+        return self._is_deferring
+
     def ending(self) -> None:
         """From now on the clean-up is not interrupted, except by the end of the grace time: torchrun signals the ranks
         that are not as quick to end as the first."""

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 USER_ERROR = 2
 RUN_FAILED = 1
-LOST_CONNECTION = ("closed by peer", "reset by peer")  # what gloo and NCCL say when a rank is gone
+# what gloo and NCCL say when a rank is gone
+LOST_CONNECTION = ("closed by peer", "reset by peer", "closed by remote peer", "Broken pipe", "remote process exit")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _interrupted(signals.received[0], save, is_rank_zero)
         except Exception as error:
             signals.ending()
-            if signals.received and not isinstance(error, ValueError | OSError):
+            is_lost = any(text in str(error) for text in LOST_CONNECTION)
+            if signals.received and not isinstance(error, ValueError | OSError) and (is_lost or not signals.defers):
                 # other ranks end at the same signal, and this one noticed that first
                 return _interrupted(signals.received[0], save, is_rank_zero)
             if isinstance(error, ValueError):
@@ -62,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 )  # a file may be amiss on a node
             if isinstance(error, OSError) and error.filename is not None:
                 return _fail(error, RUN_FAILED, True)  # a full disk, a directory that cannot be written
-            if any(text in str(error) for text in LOST_CONNECTION):
+            if is_lost:
                 return _fail(RuntimeError("another rank ended, or cannot be reached any more"), RUN_FAILED, True)
             raise
 

@@ -9,9 +9,11 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from megatron_fipo import train
 from megatron_fipo.interruption import REQUEUE, Signals
 
 ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
@@ -154,3 +156,32 @@ def test_the_clean_up_is_not_ended_by_a_second_signal_but_by_the_grace_time() ->
     assert status == REQUEUE
     assert "within 2.5 s" in stderr
     assert 2.4 < time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(
+    ("defers", "text", "status"),
+    [
+        (True, "Connection closed by peer [127.0.0.1]:4711", REQUEUE),
+        (False, "out of memory", REQUEUE),  # raised by what the signal broke off
+        (True, "out of memory", None),
+    ],
+)
+def test_an_error_after_a_signal_was_noted_is_not_taken_for_its_doing(
+    monkeypatch: pytest.MonkeyPatch, defers: bool, text: str, status: int | None
+) -> None:
+    settings = SimpleNamespace(run=SimpleNamespace(save="checkpoints", exit_grace_s=60.0))
+    monkeypatch.setattr("megatron_fipo.arguments.parse_arguments", lambda arguments: settings)
+
+    def run(settings: object, signals: Signals, is_rank_zero: bool) -> int:
+        signals.defer()
+        os.kill(os.getpid(), signal.SIGTERM)
+        if not defers:
+            signals._is_deferring = False
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(train, "_checked_run", run)
+    if status is not None:
+        assert train.main([]) == status
+        return
+    with pytest.raises(RuntimeError, match=text):
+        train.main([])
