@@ -150,7 +150,9 @@ class EngineSettings:
         1800.0, "seconds one generation batch may take", flag="--rollout-request-timeout-s"
     )
     health_check_interval_s: float = setting(
-        10.0, "seconds between looks at whether a busy engine still answers", flag="--rollout-health-check-interval-s"
+        30.0,
+        "seconds between looks at whether a busy engine still answers; two in vain and it is ended",
+        flag="--rollout-health-check-interval-s",
     )
     max_retries: int = setting(
         3, "times a request is asked again after the engine that had it failed", flag="--rollout-max-retries"
