@@ -260,7 +260,7 @@ def _check_directories(settings: Settings) -> None:
 
 def holds_checkpoints(directory: str) -> bool:
     """Whether something in `directory` is, or was, a checkpoint of a run."""
-    return Path(directory, LATEST).exists() or any(Path(directory).glob("step_*"))
+    return Path(directory, LATEST).exists() or any(path.is_dir() for path in Path(directory).glob("step_*"))
 
 
 def _check_writable(flag: str, directory: Path) -> None:

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_fipo.actor.actor import Actor
-from megatron_fipo.actor.checkpoint import load_checkpoint
+from megatron_fipo.actor.checkpoint import load_checkpoint, require_same_architecture
 from megatron_fipo.actor.checkpoint_files import CheckpointError, find_valid_checkpoint, read_run_state
 from megatron_fipo.actor.checkpoint_saver import CheckpointSaver
 from megatron_fipo.actor.finite_weights import BrokenWeights
@@ -74,6 +75,7 @@ def _run(
     saved: dict[str, Any] = {"step": 0, "trainer": _NOTHING_DONE}
     if resume_from is not None:
         saved = read_run_state(resume_from)
+        require_same_architecture(resume_from, saved["model"], asdict(checked.arch))  # the rest only Megatron knows
     first_step = saved["step"]
     if not isinstance(saved["trainer"], dict) or saved["trainer"].keys() != _NOTHING_DONE.keys():
         raise ValueError(

@@ -172,6 +172,7 @@ def check_metadata(path: Path) -> Metadata:
 def begin_aside(root: Path, step: int) -> Path:
     """An empty directory in `root` to write into. What interrupted saves and removals left there is removed; what
     cannot be is in nobody's way if it is a removal's, and `retire` names it again."""
+    new = [directory for directory in (root, *root.parents) if not directory.exists()]
     with written(root):
         root.mkdir(parents=True, exist_ok=True)
         for left_over in root.glob(f"{_ASIDE}*"):
@@ -179,6 +180,8 @@ def begin_aside(root: Path, step: int) -> Path:
     for left_over in nameless_in(root):
         with suppress(OSError):
             remove(left_over)
+    for directory in new:
+        _sync_directory(directory.parent)  # a checkpoint is as durable as the way to it
     aside = root / f"{_ASIDE}step_{step:07d}"
     with written(aside):
         aside.mkdir()

@@ -198,12 +198,19 @@ class RunLogger:
         self._tensorboard.add_texts(samples, step)
 
     def flush_to_disk(self) -> None:
-        """Have all records on the disk, so that no checkpoint outlives those of its steps. ValueError naming a file."""
-        for file in self._files.values():
-            try:
+        """Have all records on the disk, so that no checkpoint outlives those of its steps. Raises ValueError."""
+        if not self._files:
+            return
+        try:
+            for file in self._files.values():
                 os.fsync(file.fileno())
-            except OSError as error:
-                raise ValueError(f"{file.name} cannot be written: {error}") from error
+            directory = os.open(self._run_dir, os.O_RDONLY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
+        except OSError as error:
+            raise ValueError(f"the records in {self._run_dir} cannot be written: {error}") from error
 
     def say(self, message: str) -> None:
         """One message to the person watching, on stderr of rank 0, beside the live display."""

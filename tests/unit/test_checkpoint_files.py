@@ -172,6 +172,17 @@ def test_a_save_that_ends_at_any_point_leaves_a_whole_checkpoint(
     assert num_calls > 10
 
 
+def test_directories_made_for_checkpoints_are_flushed_into_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[Path] = []
+    monkeypatch.setattr(checkpoint_files, "_sync_directory", flushed.append)
+    checkpoint_files.begin_aside(tmp_path / "a" / "b", 1)
+    assert flushed == [tmp_path / "a", tmp_path]
+    checkpoint_files.begin_aside(tmp_path / "a" / "b", 2)
+    assert len(flushed) == 2
+
+
 def test_an_error_of_the_file_system_is_a_checkpoint_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="file"):

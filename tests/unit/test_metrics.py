@@ -68,7 +68,7 @@ def test_records_are_flushed_to_the_disk_on_demand(tmp_path: Path, monkeypatch: 
     with RunLogger(tmp_path, total_steps=10) as logger:
         monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(os.fstat(descriptor).st_ino))
         logger.flush_to_disk()
-        names = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl")
+        names = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", ".")
         assert flushed == [(tmp_path / name).stat().st_ino for name in names]
     RunLogger(tmp_path, total_steps=10, rank=1).flush_to_disk()
 

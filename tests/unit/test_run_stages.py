@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from megatron_fipo import run
 from megatron_fipo.actor.checkpoint_files import CheckpointError
 from megatron_fipo.actor.finite_weights import BrokenWeights
+from megatron_fipo.checks import holds_checkpoints
 from megatron_fipo.rollout.engine import EngineError
 from megatron_fipo.trainer.exchange import RankZeroFailed
 
@@ -71,3 +74,33 @@ def test_a_run_that_ends_on_all_ranks_first_commits_what_is_being_written(fails:
             run._Stages._sync(self, 3)
     warnings = ["WARNING: the last checkpoint was not written: no space left"] if fails else []
     assert said == ["finish", *warnings] * 2
+
+
+def test_another_models_checkpoint_is_refused_before_a_record_is_dropped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def touched(*_: Any) -> None:
+        raise AssertionError("the records were opened")
+
+    @dataclass
+    class Shape:
+        num_layers: int = 2
+
+    saved = {"step": 1, "model": {"num_layers": 3}, "trainer": run._NOTHING_DONE}
+    monkeypatch.setattr(run, "initialize_distributed", lambda *_, **__: None)
+    monkeypatch.setattr(run, "_checkpoint_to_resume", lambda settings, say: tmp_path)
+    monkeypatch.setattr(run, "read_run_state", lambda directory: saved)
+    monkeypatch.setattr(run, "_open_log", touched)
+    settings: Any = SimpleNamespace(run=SimpleNamespace(distributed_timeout_minutes=1, train_iters=5), notes=())
+    checked: Any = SimpleNamespace(layout=None, device=None, arch=Shape())
+    signals: Any = None
+    stack: Any = SimpleNamespace(callback=lambda function: None)
+    with pytest.raises(CheckpointError, match=r"num_layers is 3, but this run's .* is 2"):
+        run._run(settings, checked, None, signals, stack)
+
+
+def test_only_directories_count_as_checkpoints(tmp_path: Path) -> None:
+    (tmp_path / "step_000001.jsonl").touch()  # a recorded rollout
+    assert not holds_checkpoints(str(tmp_path))
+    (tmp_path / "step_0000001").mkdir()
+    assert holds_checkpoints(str(tmp_path))
