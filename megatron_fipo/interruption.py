@@ -7,6 +7,7 @@ they raise KeyboardInterrupt; elsewhere they are noted, and the training loop lo
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import select
 import signal
@@ -20,7 +21,17 @@ from typing import Any, NoReturn
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: the run can go on from where it was saved
 RAISED_AGAIN_AFTER_S = 1.0
 SAME_REQUEST_S = 1.0  # a terminal and a launcher may both pass on what was asked once
-_ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
+def end_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
+    """Have this process sent `number` when its parent ends, however that ends; at once where it has ended. Linux."""
+    parent = os.getppid()
+    failed = ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+    assert not failed, os.strerror(ctypes.get_errno())
+    if os.getppid() != parent or parent == 1:
+        os.kill(os.getpid(), number)
 
 
 class Signals:
@@ -47,7 +58,7 @@ class Signals:
         os.set_blocking(self._pipe[1], False)
         self._watch = threading.Thread(target=self._watch_pipe, daemon=True)
         self._watch.start()
-        for number in (*_ASKING, signal.SIGALRM):
+        for number in (*ASKING, signal.SIGALRM):
             self._before[number] = signal.signal(number, self._handle)
         signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)  # written to even while C code holds on
         self._hook, sys.unraisablehook = sys.unraisablehook, self._show_unraisable
@@ -140,7 +151,7 @@ class Signals:
             numbers = os.read(self._pipe[0], 64)
             if not numbers:
                 return
-            asking = [number for number in numbers if number in _ASKING]
+            asking = [number for number in numbers if number in ASKING]
             if asking and not first:
                 first, began = asking[0], time.monotonic()
             elif asking and time.monotonic() - began > SAME_REQUEST_S and not self._is_ending:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_fipo.interruption import REQUEUE, Signals
+from megatron_fipo.interruption import ASKING, REQUEUE, Signals, end_with_parent
 
 if TYPE_CHECKING:
     from megatron_fipo.arguments import Settings
@@ -35,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     is_rank_zero = _is_zero("RANK", "SLURM_PROCID")
     save: str | None = None
     with Signals() as signals:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            end_with_parent()  # or else, should the launcher be killed, ranks would write beside those of the next run
         try:
             try:
                 settings = parse_arguments(arguments)
@@ -138,4 +140,7 @@ def _fail(error: Exception, status: int, speaks: bool) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_status = main()
+    for asking in ASKING:  # torchrun sends one to the ranks that are not as quick to end as the first
+        signal.signal(asking, signal.SIG_IGN)
+    sys.exit(exit_status)

@@ -38,6 +38,7 @@ class FakeEngine:
         self.name = name
         self.address = address_of(name, 1)
         self.is_own = is_own
+        self.process_id = 0
         self.weight_version = version
         self.faults = list(faults)
         self.shares: list[list[str]] = []

@@ -24,7 +24,7 @@ class FakePool:
     def __init__(self, diary: list[Any], names: Sequence[str] = ("one", "two")) -> None:
         self.diary = diary
         self.names = tuple(names)
-        self.engines = tuple(SimpleNamespace(name=name, address=f"at {name}") for name in names)
+        self.engines = tuple(SimpleNamespace(name=name, address=f"at {name}", is_own=False) for name in names)
         self.failed: dict[str, str] = {}
         self.failing: dict[str, BaseException] = {}
         self.forever = False

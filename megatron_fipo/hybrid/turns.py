@@ -296,7 +296,7 @@ class HybridEngine:
     def _look_at_memory(self) -> None:
         groups: set[int] = set()
         if self._node is not None:
-            groups = {engine.process_id for engine in self._node.pool.engines if hasattr(engine, "process_id")}
+            groups = {engine.process_id for engine in self._node.pool.engines if engine.is_own}
         figures = memory_of_both(self._actor.device, groups)
         self._memory |= {f"memory/{self.state}/{name}": value for name, value in figures.items()}
         if self.state == "generating":

@@ -55,6 +55,11 @@ class Engine(Protocol):
         """This process started it and can start it again; else it follows its owner by `reconnect`."""
         ...
 
+    @property
+    def process_id(self) -> int:
+        """The process, and process group, of an engine that `is_own`."""
+        ...
+
     async def await_ready(self) -> None:
         """Return once the engine answers."""
         ...

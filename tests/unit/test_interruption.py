@@ -185,3 +185,31 @@ def test_an_error_after_a_signal_was_noted_is_not_taken_for_its_doing(
         return
     with pytest.raises(RuntimeError, match=text):
         train.main([])
+
+
+ORPHAN = """
+import os, subprocess, sys, time
+from megatron_fipo.interruption import Signals, end_with_parent
+
+with Signals() as signals:
+    end_with_parent()
+    try:
+        print(os.getpid(), flush=True)
+        time.sleep(30)
+    except KeyboardInterrupt:
+        print(f"ended by {signals.received}", flush=True)
+"""
+
+
+def test_a_process_that_must_not_outlive_its_parent_is_asked_to_end_when_that_is_killed() -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {ORPHAN!r}])"],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert parent.stdout is not None
+    assert parent.stdout.readline().strip().isdecimal()
+    parent.kill()
+    assert parent.stdout.read() == f"ended by [{int(signal.SIGTERM)}]\n"  # to the end of all that hold the pipe
+    parent.wait()
