@@ -83,6 +83,7 @@ class Offloader:
             for one in tensors:
                 one.storage.resize_(0)
         if self._device.type == "cuda":
+            torch.cuda.ipc_collect()  # buckets that an engine let go of later than we did
             torch.cuda.empty_cache()
         return sum(one.size_bytes for tensors in moved.values() for one in tensors)
 

@@ -46,7 +46,8 @@ class BucketBuffers:
 @contextmanager
 def shared_by_file_name() -> Iterator[None]:
     """torch's file_system sharing: a handle is a name, which a process outside the trainer's family can open. torch
-    removes the file when its last user, in whatever process, lets go or dies."""
+    removes the file when its last user lets go. A handle that was never opened, or a user that was killed, counts as
+    one: then it is removed when all processes that had it are gone, the trainer among them."""
     before = torch.multiprocessing.get_sharing_strategy()
     torch.multiprocessing.set_sharing_strategy("file_system")
     try:
