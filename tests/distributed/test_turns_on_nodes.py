@@ -53,7 +53,7 @@ def test_what_failed_anywhere_is_started_again_where_it_runs(ranks: list[dict[st
     name = "both start again"
     for rank in ranks:
         assert (rank[name]["state"], rank[name]["version"], rank[name]["held"]) == ("generating", 2, True)
-        assert calls_of(rank, name) == ["restart", "wait ready", *UPDATE, *CLOSED, "checksums"]
+        assert calls_of(rank, name) == ["restart", "await restarted", *UPDATE, *CLOSED, "checksums"]
         assert rank["resynced"] == 2
     assert ranks[0][name]["failed"] == {}
 
