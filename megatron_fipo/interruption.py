@@ -21,16 +21,22 @@ from typing import Any, NoReturn
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: the run can go on from where it was saved
 RAISED_AGAIN_AFTER_S = 1.0
 SAME_REQUEST_S = 1.0  # a terminal and a launcher may both pass on what was asked once
+LAUNCHER_PID = "MEGATRON_FIPO_LAUNCHER_PID"  # variable in which launch.py says who it is
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
-def end_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
-    """Have this process sent `number` when its parent ends, however that ends; at once where it has ended. Linux."""
+def end_with_parent(number: signal.Signals = signal.SIGTERM, *, launcher: int | None = None) -> None:
+    """Have this process sent `number` when its parent ends, however that ends. Linux.
+
+    At once where `launcher`, the process id by which the parent goes (None: unknown), has ended already. That the
+    parent is process 1 says nothing by itself: in a container the launcher may be that.
+    """
     parent = os.getppid()
     failed = ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
     assert not failed, os.strerror(ctypes.get_errno())
-    if os.getppid() != parent or parent == 1:
+    is_orphan = launcher not in (None, 1) and (parent == 1 or not os.path.exists(f"/proc/{launcher}"))
+    if os.getppid() != parent or is_orphan:
         os.kill(os.getpid(), number)
 
 

@@ -18,6 +18,8 @@ from types import FrameType
 
 import psutil
 
+from megatron_fipo.interruption import LAUNCHER_PID
+
 FIRST_SIGNAL_STATUS = 128
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 LEFT_TO_TORCHRUN = "SIGQUIT"
@@ -30,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.disable(logging.ERROR)  # what torchrun says about each rank it ends; its own failures are exceptions
+    os.environ[LAUNCHER_PID] = str(os.getpid())
     for number in PASSED_ON:
         signal.signal(number, _pass_on)
     try:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_fipo.interruption import ASKING, REQUEUE, Signals, end_with_parent
+from megatron_fipo.interruption import ASKING, LAUNCHER_PID, REQUEUE, Signals, end_with_parent
 
 if TYPE_CHECKING:
     from megatron_fipo.arguments import Settings
@@ -36,7 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     save: str | None = None
     with Signals() as signals:
         if "TORCHELASTIC_RUN_ID" in os.environ:
-            end_with_parent()  # or else, should the launcher be killed, ranks would write beside those of the next run
+            # or else, should the launcher be killed, ranks would write beside those of the next run
+            launcher = os.environ.get(LAUNCHER_PID, "")
+            end_with_parent(launcher=int(launcher) if launcher.isdecimal() else None)
         try:
             try:
                 settings = parse_arguments(arguments)

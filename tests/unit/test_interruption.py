@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_fipo import train
-from megatron_fipo.interruption import REQUEUE, Signals
+from megatron_fipo.interruption import REQUEUE, Signals, end_with_parent
 
 ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
@@ -213,3 +213,24 @@ def test_a_process_that_must_not_outlive_its_parent_is_asked_to_end_when_that_is
     parent.kill()
     assert parent.stdout.read() == f"ended by [{int(signal.SIGTERM)}]\n"  # to the end of all that hold the pipe
     parent.wait()
+
+
+@pytest.mark.parametrize(
+    ("parent", "launcher", "is_asked"),
+    [
+        (1, None, False),  # torchrun may be the first process of a container
+        (1, 1, False),
+        (1, os.getpid(), True),  # whose launcher was another, is an orphan now
+        (os.getppid(), os.getpid(), False),  # a wrapper stands between
+        (os.getppid(), 2**22 + 1, True),  # and has not noticed that the launcher is gone
+    ],
+)
+def test_a_process_is_an_orphan_when_its_launcher_is_gone_and_not_for_having_the_first_process_as_parent(
+    monkeypatch: pytest.MonkeyPatch, parent: int, launcher: int | None, is_asked: bool
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: SimpleNamespace(prctl=lambda *_: 0))
+    monkeypatch.setattr(os, "getppid", lambda: parent)
+    monkeypatch.setattr(os, "kill", lambda pid, number: asked.append(number))
+    end_with_parent(launcher=launcher)
+    assert asked == [signal.SIGTERM] * is_asked
