@@ -167,6 +167,7 @@ def check_checkpoint(settings: Settings, layout: ParallelLayout) -> tuple[Archit
         raise ValueError("; ".join(differences))
     check_layout(arch, layout)
     check_engine_layout(settings.engine, arch)
+    _check_engines_take_weights(settings.engine)
     for flag, response_len in (
         ("--rollout-max-response-len", settings.rollout.rollout_max_response_len),
         ("--eval-max-response-len", settings.eval_max_response_len),
@@ -210,6 +211,14 @@ def check_engine_layout(engine: EngineSettings, arch: Architecture) -> None:
         ffn, what = (arch.moe_ffn_hidden_size or 0) * ep, f"FFN channels of an expert x --sglang-ep-size ({ep})"
     for count, name in ((arch.num_attention_heads, "attention heads"), (ffn, what)):
         require(count % tp == 0, flag, tp, f"a divisor of the checkpoint's {count} {name}")
+
+
+def _check_engines_take_weights(engine: EngineSettings) -> None:
+    """SGLang quantises what it reads at its start, not what it is sent."""
+    for name in ("quantization", "torchao_config", "modelopt_quant", "rl_quant_profile"):
+        value = engine.server_args.get(name)
+        flag = f"--sglang-{name.replace('_', '-')}"
+        require(not value, flag, value, "left out: engines are sent the trainer's weights; in FP8 with --rollout-fp8")
 
 
 def _check_pipeline_overlap(settings: Settings, layout: ParallelLayout, device: torch.device) -> None:

@@ -206,6 +206,7 @@ class _Stages:
             offload_trainer=engine.offload_trainer and is_colocated and actor.device.type == "cuda",
             check_weights_interval=engine.check_weights_interval,
             tp_size=engine.tp_size,
+            ep_size=engine.server_args.get("ep_size", 1),
             fp8=engine.fp8_weights,
             call_everyone=lambda: self.rank_zero.call("resync"),
             say=log.say,

@@ -18,6 +18,7 @@ from megatron_fipo.weights.bucket import WeightBucket
 from megatron_fipo.weights.engine_layout import expected_checksums
 
 T = TypeVar("T")
+_EXPERTS = ".mlp.experts."  # in the engine's names of what its ranks share out
 Checksums = Sequence[Mapping[str, str]]  # one per tensor-parallel rank: parameter -> checksum
 
 
@@ -35,9 +36,13 @@ class NodeReport:
 class NodeEngines:
     """A pool whose failures wait until they are asked for."""
 
-    def __init__(self, pool: EnginePool, *, tp_size: int, fp8: bool, device_type: Literal["cpu", "cuda"]) -> None:
+    def __init__(
+        self, pool: EnginePool, *, tp_size: int, fp8: bool, device_type: Literal["cpu", "cuda"], ep_size: int = 1
+    ) -> None:
+        """`tp_size`, `ep_size` and `fp8` are the engines'. Experts that their ranks share out are not compared."""
         self.pool = pool
         self._tp_size = tp_size
+        self._shares_experts = ep_size > 1
         self._fp8 = fp8
         self._device_type = device_type
         self._failure: EngineError | None = None
@@ -78,13 +83,18 @@ class NodeEngines:
             for _ in pushed():
                 pass
             return None
-        return expected_checksums(arch, pushed(), tp_size=self._tp_size, fp8=self._fp8, device_type=self._device_type)
+        expected = expected_checksums(
+            arch, pushed(), tp_size=self._tp_size, fp8=self._fp8, device_type=self._device_type
+        )
+        if self._shares_experts:
+            return [{name: held for name, held in rank.items() if _EXPERTS not in name} for rank in expected]
+        return expected
 
     def check(self, expected: Checksums) -> None:
         """Set every engine aside that holds something else. EngineError when none is left."""
         reasons: list[str] = []
         for name, found in self.pool.weight_checksums().items():
-            difference = first_difference(expected, found, expected_alone=self._fp8)
+            difference = first_difference(expected, found, expected_alone=self._fp8 or self._shares_experts)
             if difference is not None:
                 reasons.append(f"engine {name} holds other weights than it was sent: {difference}")
                 self.pool.mark_failed(name, reasons[-1])
@@ -105,7 +115,7 @@ class NodeEngines:
 def first_difference(expected: Checksums, found: Checksums, *, expected_alone: bool = False) -> str | None:
     """Where what an engine holds first differs from what it should, naming rank and parameter; None: nowhere.
 
-    `expected_alone`: it may hold more, as quantised parameters are, whose bytes are its kernels' own.
+    `expected_alone`: it may hold more: quantised parameters, whose bytes are its kernels' own, or shared-out experts.
     """
     if len(expected) != len(found):
         return f"it answered for {len(found)} tensor-parallel ranks, not {len(expected)}"

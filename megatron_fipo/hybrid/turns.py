@@ -44,6 +44,7 @@ class HybridEngine:
         offload_trainer: bool = False,
         check_weights_interval: int = 0,
         tp_size: int = 1,
+        ep_size: int = 1,
         fp8: bool = False,
         call_everyone: Callable[[], None] | None = None,
         on_turn: Callable[[State, Mapping[str, float]], None] | None = None,
@@ -54,7 +55,7 @@ class HybridEngine:
 
         `offload_trainer` moves the actor's tensors to main memory while colocated engines generate. Weights are
         compared with what was sent in the first sync, after an engine was started again, and, where
-        `check_weights_interval` is not 0, in every such sync. `tp_size` and `fp8` are the engines'. `call_everyone`,
+        `check_weights_interval` is not 0, in every such sync. `tp_size`, `ep_size`, `fp8`: of engines. `call_everyone`,
         called on rank 0 inside `generate` when no engine is left, must have all ranks call `resync` and return after
         it; a single rank needs none. `on_turn` gets each new state with the memory of both sides, on every rank.
 
@@ -73,7 +74,7 @@ class HybridEngine:
         self._node: NodeEngines | None = None
         if local_pool is not None:
             device_type: Literal["cpu", "cuda"] = "cuda" if actor.device.type == "cuda" else "cpu"
-            self._node = NodeEngines(local_pool, tp_size=tp_size, fp8=fp8, device_type=device_type)
+            self._node = NodeEngines(local_pool, tp_size=tp_size, ep_size=ep_size, fp8=fp8, device_type=device_type)
         self._receivers = tuple(receivers)
         self._bucket_bytes = bucket_bytes
         self._fp8 = fp8

@@ -127,6 +127,7 @@ def test_a_checkpoint_that_fits_comes_back_read(checkpoint: Path) -> None:
         (["--rollout-num-gpus-per-engine", "4"], {}, ["--rollout-num-gpus-per-engine is 4", "6 attention heads"]),
         (["--rollout-num-gpus-per-engine", "3"], {}, ["--rollout-num-gpus-per-engine is 3", "64 FFN channels"]),
         (["--sglang-ep-size", "2"], {}, ["--sglang-ep-size is 2", "divisor of --rollout-num-gpus-per-engine (1)"]),
+        (["--sglang-quantization", "fp8"], {}, ["--sglang-quantization is 'fp8'", "--rollout-fp8"]),
         (
             ["--rollout-max-prompt-len", "200"],
             {},

@@ -311,6 +311,15 @@ def test_weights_are_compared_as_often_as_asked(
     assert found == checked
 
 
+def test_experts_that_an_engines_ranks_share_out_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(monkeypatch, tp_size=2, ep_size=2)
+    experts = {"model.layers.0.mlp.experts.w2_weight": "all of them"}
+    monkeypatch.setattr(node_engines, "expected_checksums", lambda *a, **b: [sums(*a, **b)[0] | experts])
+    stage.pool.holding_else = {"two"}
+    assert stage.engine.sync_weights(0) is None
+    assert set(stage.pool.failed) == {"two"}, "all else is compared"
+
+
 def test_what_differs_is_named_by_rank_and_parameter() -> None:
     expected: list[Mapping[str, str]] = [{"a": "1", "b": "2"}, {"a": "3", "b": "4"}]
     assert first_difference(expected, [{"b": "2", "a": "1"}, {"a": "3", "b": "4"}]) is None
