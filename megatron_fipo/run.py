@@ -32,7 +32,7 @@ from megatron_fipo.config import FIPOSettings
 from megatron_fipo.engine_nodes import RunEngines, await_engines, find_nodes, start_own_engines
 from megatron_fipo.hybrid.turns import HybridEngine
 from megatron_fipo.interruption import Signals
-from megatron_fipo.metrics.records import EVALUATIONS_FILE, read_metrics
+from megatron_fipo.metrics.records import EVALUATIONS_FILE, METRICS_FILE, read_metrics
 from megatron_fipo.metrics.run_logger import RunLogger
 from megatron_fipo.problems import Problems
 from megatron_fipo.rollout.pool import EnginePool
@@ -148,7 +148,14 @@ def _checkpoint_to_resume(settings: Settings, say: Callable[[str], None]) -> Pat
     if found[0]:
         say(f"--auto-resume: going on from the checkpoint in {save}")
         return find_valid_checkpoint(save, say=say)
-    say(f"--auto-resume: {save} holds no checkpoint yet, so the run begins at its first step")
+    records = Path(settings.run.output_dir, METRICS_FILE)
+    num_lost = len(records.read_text(encoding="utf-8").splitlines()) if records.is_file() else 0
+    lost = (
+        f"; {num_lost} steps that {records} holds were made before any was saved, and are made again"
+        if num_lost
+        else ""
+    )
+    say(f"--auto-resume: {save} holds no checkpoint yet, so the run begins at its first step{lost}")
     return None
 
 
