@@ -156,6 +156,8 @@ def strike_the_last_while_generating(
     stage.pool.revive = stage.revive
     with striking(strike, stage.bench.engines[index], moment * stage.bench.long_s):
         answered = stage.is_answered_by_any()
+    if stage.pool.num_restarts_in_all == restarts:  # it was struck when it had answered
+        answered = answered and stage.is_answered_by_any()
     checks = {
         "the answers are wrong": answered,
         f"restarts: {stage.said}": stage.pool.num_restarts_in_all == restarts + NUM_ENGINES,
