@@ -52,7 +52,7 @@ class RunEngines:
     here: EnginePool | None  # the first rank of a node: that node's
 
 
-def find_nodes(engine: EngineSettings, rank: int, environment: Mapping[str, str]) -> Nodes:
+def find_nodes(engine: EngineSettings, environment: Mapping[str, str]) -> Nodes:
     """Which ranks share a machine, and how many engines each machine starts. Collective over the default group.
 
     Raises ValueError on every rank naming the flag for engines that do not fit the nodes.

@@ -18,10 +18,9 @@ from types import FrameType
 
 import psutil
 
-from megatron_fipo.interruption import LAUNCHER_PID
+from megatron_fipo.interruption import ASKING, LAUNCHER_PID
 
 FIRST_SIGNAL_STATUS = 128
-PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 LEFT_TO_TORCHRUN = "SIGQUIT"
 
 
@@ -33,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     logging.disable(logging.ERROR)  # what torchrun says about each rank it ends; its own failures are exceptions
     os.environ[LAUNCHER_PID] = str(os.getpid())
-    for number in PASSED_ON:
+    for number in ASKING:
         signal.signal(number, _pass_on)
     try:
         run.main(["--signals-to-handle", LEFT_TO_TORCHRUN, *(sys.argv[1:] if arguments is None else arguments)])

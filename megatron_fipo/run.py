@@ -95,13 +95,13 @@ def _run(
     custom = settings.rollout.custom_generate_function_path
     if problems is not None and custom is not None:
         load_user_function(CUSTOM_GENERATE, custom)  # what is wrong with it shows before an engine starts
-    nodes = find_nodes(settings.engine, layout.rank, os.environ)
     has_engines = settings.rollout.replay_rollouts is None
     # engines take what a GPU has free: the actor is built when they have let go of it. Elsewhere they start meanwhile
     engines_first = has_engines and device.type == "cuda" and settings.engine.placement == "colocated"
     engines: RunEngines | None = None
     own_engines: EnginePool | None = None
     if has_engines:
+        nodes = find_nodes(settings.engine, os.environ)
         own_engines = start_own_engines(settings, nodes, layout.rank, device, log.say)
         if own_engines is not None:
             stack.enter_context(own_engines)
