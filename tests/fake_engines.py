@@ -25,7 +25,7 @@ def requests_for(num_prompts: int, num_samples: int = 3) -> list[GenerateRequest
 
 
 def address_of(name: str, port: int) -> EngineAddress:
-    return EngineAddress(name, f"http://127.0.0.1:{port}", "key", 1, True, True, None, 1.0, 1.0)
+    return EngineAddress(name, f"http://127.0.0.1:{port}", "key", 1, 1 << 16, True, True, None, 1.0, 1.0)
 
 
 class FakeEngine:

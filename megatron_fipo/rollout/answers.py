@@ -71,11 +71,11 @@ def score_payload(token_ids: Sequence[np.ndarray], ids: Sequence[str]) -> dict[s
 
 
 def read_completions(
-    requests: Sequence[GenerateRequest], ids: Sequence[str], answer: Any, weight_version: int
+    requests: Sequence[GenerateRequest], ids: Sequence[str], answer: Any, weight_version: int, vocab_size: int
 ) -> list[Completion]:
     """The completions in an answer of /generate, in request order. BadAnswer if anything about them is off."""
     return [
-        _read_completion(request, item, weight_version)
+        _read_completion(request, item, weight_version, vocab_size)
         for request, item in zip(requests, _as_items(answer, ids), strict=True)
     ]
 
@@ -113,7 +113,9 @@ def read_checksums(answer: Any, tp_size: int) -> list[dict[str, str]]:
     return checksums
 
 
-def _read_completion(request: GenerateRequest, item: Mapping[str, Any], weight_version: int) -> Completion:
+def _read_completion(
+    request: GenerateRequest, item: Mapping[str, Any], weight_version: int, vocab_size: int
+) -> Completion:
     where = f"request {request.uid}"
     meta = _field(item, "meta_info", dict, where)
     token_ids = _field(item, "output_ids", list, where)
@@ -126,25 +128,35 @@ def _read_completion(request: GenerateRequest, item: Mapping[str, Any], weight_v
         )
     if [token for _, token in pairs] != token_ids:
         raise BadAnswer(f"{where}: {len(pairs)} log-probs do not belong to the {len(token_ids)} tokens")
+    if max(token_ids) >= vocab_size:
+        raise BadAnswer(f"{where}: token {max(token_ids)} came back, but the model has {vocab_size}")
+    for name, count in (("prompt_tokens", len(request.prompt_ids)), ("completion_tokens", len(token_ids))):
+        if meta.get(name) != count:
+            raise BadAnswer(f"{where}: {name} is {str(meta.get(name))[:_SHOWN_CHARS]}, not {count}")
     logprobs = _logprobs([value for value, _ in pairs], where)
     _check_version(meta, weight_version, where)
     return Completion(
         uid=request.uid,
         token_ids=np.asarray(token_ids, dtype=np.int64),
         logprobs=logprobs,
-        finish_reason=_finish_reason(meta, where),
+        finish_reason=_finish_reason(meta, token_ids, where),
         weight_version=weight_version,
     )
 
 
-def _finish_reason(meta: Mapping[str, Any], where: str) -> FinishReason:
+def _finish_reason(meta: Mapping[str, Any], token_ids: Sequence[int], where: str) -> FinishReason:
+    """A stop is by the token drawn last: SGLang calls it a stop by text, too, where logits were NaN. The length is the
+    number of tokens, which SGLang may have made less than what was asked."""
     reason = _field(meta, "finish_reason", dict, where)
     kind = reason.get("type")
-    if kind == "stop":
+    if kind == "stop" and reason.get("matched") == token_ids[-1]:
         return "stop"
-    if kind == "length":
+    if kind == "length" and reason.get("length") == len(token_ids):
         return "length"
-    raise BadAnswer(f"{where}: finished by {str(reason)[:_SHOWN_CHARS]}, neither stop nor length")
+    raise BadAnswer(
+        f"{where}: finished by {str(reason)[:_SHOWN_CHARS]}, neither a stop at token {token_ids[-1]} nor the length "
+        f"{len(token_ids)}"
+    )
 
 
 def _check_version(meta: Mapping[str, Any], wanted: int, where: str) -> None:
@@ -160,7 +172,8 @@ def _check_version(meta: Mapping[str, Any], wanted: int, where: str) -> None:
 def _logprobs(values: list[Any], where: str) -> np.ndarray:
     """[R] fp32. JSON has no NaN: SGLang's encoder writes null for it."""
     for index, value in enumerate(values):
-        if not isinstance(value, int | float) or not -_HUGE < value <= _ROUNDING:  # which NaN is not
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not -_HUGE < value <= _ROUNDING:  # which NaN is not
             raise BadAnswer(
                 f"{where}: the log-prob at position {index} is {str(value)[:_SHOWN_CHARS]}, not a finite number <= 0"
             )

@@ -68,7 +68,7 @@ async def join_update_group(
         "group_name": name,
         "backend": backend,
     }
-    await ask(Call("/init_weights_update_group", payload, _JOIN_TIMEOUT_S))
+    await ask(Call("/init_weights_update_group", payload, _JOIN_TIMEOUT_S, answer="done"))
     try:
         group = await asyncio.wrap_future(making)  # the engine has joined: this takes milliseconds
     except (RuntimeError, ValueError) as error:  # torch's errors are RuntimeErrors
@@ -91,7 +91,9 @@ async def broadcast_bucket(ask: Ask, group: UpdateGroup, bucket: WeightBucket) -
         "flush_cache": False,
         "load_format": "flattened_bucket",
     }
-    asking = asyncio.ensure_future(ask(Call("/update_weights_from_distributed", payload, group.timeout_s)))
+    asking = asyncio.ensure_future(
+        ask(Call("/update_weights_from_distributed", payload, group.timeout_s, answer="done"))
+    )
     try:
         if flat.is_cuda:
             torch.cuda.current_stream(flat.device).synchronize()  # the thread's stream does not wait for ours

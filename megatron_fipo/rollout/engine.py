@@ -32,6 +32,7 @@ class EngineAddress:
     url: str  # http://ADDRESS:PORT
     api_key: str
     tp_size: int
+    vocab_size: int  # tokens that it may draw are smaller
     seeded: bool  # it draws with the requests' seeds
     prefix_cache: bool
     update_backend: Literal["gloo", "nccl"] | None  # weights come by broadcast over it; None: through shared memory

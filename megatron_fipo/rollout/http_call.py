@@ -34,7 +34,8 @@ class Call:
     path: str
     payload: dict[str, Any] | None  # None: a GET
     timeout_s: float
-    answer: Literal["json", "text"] = "json"
+    answer: Literal["json", "text", "done"] = "json"
+    """done: JSON that says so, as SGLang's answers to what changes its weights do."""
 
 
 async def call(address: EngineAddress, what: Call, check_alive: Callable[[], None]) -> Any:
@@ -61,7 +62,12 @@ async def call(address: EngineAddress, what: Call, check_alive: Callable[[], Non
     text = body.decode(errors="replace")
     if status != 200:
         raise CallFailed(f"answered {path} with status {status}: {text[:_SHOWN_CHARS]}")
-    return text if what.answer == "text" else _parsed(text, path)
+    if what.answer == "text":
+        return text
+    answer = _parsed(text, path)
+    if what.answer == "done" and not _says_done(answer):
+        raise CallFailed(f"did not say that it did {path}, but {str(answer)[:_SHOWN_CHARS]}")
+    return answer
 
 
 async def _send(address: EngineAddress, what: Call) -> tuple[int, bytes]:
@@ -80,6 +86,10 @@ async def _send(address: EngineAddress, what: Call) -> tuple[int, bytes]:
             if len(body) > _MAX_ANSWER_BYTES:
                 raise CallFailed(f"answered {path} with more than {_MAX_ANSWER_BYTES} bytes")
         return response.status, bytes(body)
+
+
+def _says_done(answer: Any) -> bool:
+    return isinstance(answer, dict) and (answer.get("success") is True or answer.get("status") == "ok")
 
 
 def _parsed(text: str, path: str) -> Any:

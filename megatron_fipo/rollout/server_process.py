@@ -112,7 +112,7 @@ def start_engine(
     Raises ValueError for a model directory that is none and for server_args that are ours to set or would leave the
     engine open.
     """
-    architecture = _architecture(model_dir)
+    architecture, vocab_size = _model_facts(model_dir)
     _refuse(server_args)
     if fp8 and use_cpu:
         raise ValueError("--rollout-fp8 is set, but engines on a CPU hold fp32 or bf16 weights: leave it out")
@@ -145,6 +145,7 @@ def start_engine(
     engine = SGLangEngine.started(
         name,
         start,
+        vocab_size=vocab_size,
         seeded=bool(arguments.get("enable_deterministic_inference", False)),
         prefix_cache=not arguments.get("disable_radix_cache", False),
         update_backend=backend if disaggregated else None,
@@ -196,14 +197,18 @@ def _cpu_arguments(context_length: int) -> dict[str, Any]:
     }
 
 
-def _architecture(model_dir: str) -> str:
-    """The model's class by its config.json."""
+def _model_facts(model_dir: str) -> tuple[str, int]:
+    """The model's class and the size of its vocabulary by its config.json."""
     path = Path(model_dir) / "config.json"
     if not path.is_file():
         raise ValueError(
             f"--hf-checkpoint is {model_dir!r}, which holds no config.json: a Hugging Face model is wanted"
         )
     try:
-        return str(json.loads(path.read_text())["architectures"][0])
+        config = json.loads(path.read_text())
+        architecture, vocab_size = str(config["architectures"][0]), config["vocab_size"]
     except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"{path} names no architecture ({error!r})") from error
+        raise ValueError(f"{path} names no architecture or no vocab_size ({error!r})") from error
+    if not isinstance(vocab_size, int) or vocab_size < 1:
+        raise ValueError(f"{path}: vocab_size is {vocab_size!r}, not a positive integer")
+    return architecture, vocab_size

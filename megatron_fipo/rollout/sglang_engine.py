@@ -33,6 +33,8 @@ _READY_ANSWER_S = 5.0
 _FIRST_ANSWER_S = 60.0
 _EXIT_GRACE_S = 3.0  # a server whose connection broke is given this long to be seen dead
 _FLUSH_WAIT_S = 30.0  # SGLang answers a request shortly before its scheduler is idle
+_FLUSHED = "Cache flushed"  # how SGLang's answer begins when it was
+_SHOWN_CHARS = 200
 
 
 class SGLangEngine:
@@ -66,6 +68,7 @@ class SGLangEngine:
         name: str,
         start: ServerStart,
         *,
+        vocab_size: int,
         seeded: bool,
         prefix_cache: bool,
         update_backend: Literal["gloo", "nccl"] | None,
@@ -80,6 +83,7 @@ class SGLangEngine:
             url=process.url,
             api_key=process.api_key,
             tp_size=start.tp_size,
+            vocab_size=vocab_size,
             seeded=seeded,
             prefix_cache=prefix_cache,
             update_backend=update_backend,
@@ -125,7 +129,8 @@ class SGLangEngine:
             await self._ask("/generate", prefix)
         ids = answers.request_ids(len(requests))
         answer = await self._ask("/generate", answers.generate_payload(requests, ids, seeded=self.address.seeded))
-        return self._checked(lambda: answers.read_completions(requests, ids, answer, version))
+        vocab_size = self.address.vocab_size
+        return self._checked(lambda: answers.read_completions(requests, ids, answer, version, vocab_size))
 
     def score(self, token_ids: Sequence[np.ndarray]) -> list[np.ndarray]:
         return run(self.ascore(token_ids))
@@ -151,8 +156,8 @@ class SGLangEngine:
             raise self._error("cannot be updated: the memory of its weights is released")
         self._updating = True
         self.weight_version = NO_VERSION
-        await self._ask("/pause_generation", {"mode": "abort"})
-        await self._ask("/begin_weight_update", {})
+        await self._do("/pause_generation", {"mode": "abort"})
+        await self._do("/begin_weight_update", {})
         if self.address.update_backend is not None and self._group is None:
             self._group = await self._named(
                 join_update_group(
@@ -177,7 +182,7 @@ class SGLangEngine:
             return
         handles = [bucket.handle() for _ in range(self.address.tp_size)]
         payload = {"serialized_named_tensors": handles, "load_format": ENGINE_LOADER, "flush_cache": False}
-        await self._ask("/update_weights_from_tensor", payload)
+        await self._do("/update_weights_from_tensor", payload)
 
     def end_weight_update(self, version: int) -> None:
         run(self.aend_weight_update(version))
@@ -186,10 +191,10 @@ class SGLangEngine:
         """The cache is flushed and the version set before the first waiting request is let in."""
         assert self._updating, f"engine {self.name}: a weight update was ended that had not begun"
         assert version >= 0, f"engine {self.name}: {version} is no weight version"
-        await self._ask("/end_weight_update", {})
+        await self._do("/end_weight_update", {})
         await self._flush()
-        await self._ask("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
-        await self._ask("/continue_generation", {})
+        await self._do("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
+        await self._do("/continue_generation", {})
         self.weight_version = version
         self._updating = False
 
@@ -230,9 +235,6 @@ class SGLangEngine:
             return
         await self._ask("/resume_memory_occupation", {"tags": list(tags)})
         self._released -= set(tags)
-
-    def check_health(self, timeout_s: float) -> None:
-        run(self.acheck_health(timeout_s))
 
     async def acheck_health(self, timeout_s: float) -> None:
         """Asks the scheduler for its settings, which it answers between two steps of its batch. (SGLang's own /health
@@ -307,10 +309,16 @@ class SGLangEngine:
 
     async def _flush(self) -> None:
         path = f"/flush_cache?timeout={_FLUSH_WAIT_S:g}"
-        await self._named(self._call(Call(path, {}, self.address.request_timeout_s, answer="text")))
+        answer = await self._named(self._call(Call(path, {}, self.address.request_timeout_s, answer="text")))
+        if not answer.startswith(_FLUSHED):
+            raise self._error(f"did not say that it flushed its cache, but {answer[:_SHOWN_CHARS]!r}")
 
     async def _ask(self, path: str, payload: dict[str, Any]) -> Any:
         return await self._named(self._call(Call(path, payload, self.address.request_timeout_s)))
+
+    async def _do(self, path: str, payload: dict[str, Any]) -> None:
+        """Have something done that the weights depend on: an answer which does not say so is a failure."""
+        await self._named(self._call(Call(path, payload, self.address.request_timeout_s, answer="done")))
 
     async def _call(self, what: Call) -> Any:
         """One request. EngineError if the engine's process ends meanwhile, else CallFailed."""

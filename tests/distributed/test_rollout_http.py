@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from megatron_fipo.rollout.distributed_update import join_update_group
 from megatron_fipo.rollout.engine import EngineAddress, EngineError
+from megatron_fipo.rollout.event_loop import run
 from megatron_fipo.rollout.http_call import Call, CallFailed, ConnectionBroke, call
 from megatron_fipo.rollout.sglang_engine import connect_engine
 
@@ -24,6 +26,7 @@ def address(port: int, request_timeout_s: float = 5.0) -> EngineAddress:
         url=f"http://127.0.0.1:{port}",
         api_key="key",
         tp_size=1,
+        vocab_size=100,
         seeded=True,
         prefix_cache=False,
         update_backend=None,
@@ -70,6 +73,8 @@ def test_an_answer_is_its_json() -> None:
     assert ask(reply(b'[{"a": 1}]')) == [{"a": 1}]
     assert ask(reply(b"null")) is None
     assert ask(reply(b"Cache flushed."), answer="text") == "Cache flushed."
+    for body in (b'{"success": true, "message": ""}', b'{"message": "paused", "status": "ok"}'):
+        assert ask(reply(body), answer="done") == json.loads(body)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +95,31 @@ def test_an_answer_is_its_json() -> None:
 def test_a_wrong_answer_is_told_by_what_it_is(script: Script, message: str) -> None:
     with pytest.raises(CallFailed, match=message):
         ask(script)
+
+
+@pytest.mark.parametrize("body", [b"null", b"{}", b"[]", b"17", b'{"success": "true"}', b'{"status": "busy"}'])
+def test_what_does_not_say_that_something_was_done_is_a_failure(body: bytes) -> None:
+    with pytest.raises(CallFailed, match="did not say that it did /x"):
+        ask(reply(body), answer="done")
+
+
+def test_an_engine_that_did_not_flush_its_cache_is_asked_nothing() -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        paths.append((await reader.readuntil(b"\r\n\r\n")).split(b" ")[1].decode())
+        await reply(b"<html>a proxy's page</html>")(reader, writer)
+        writer.close()
+
+    async def main() -> None:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        try:
+            await connect_engine(address(server.sockets[0].getsockname()[1])).ascore([np.asarray([1, 2])])
+        finally:
+            server.close()
+
+    paths: list[str] = []
+    with pytest.raises(EngineError, match="did not say that it flushed its cache, but"):
+        asyncio.run(main())
+    assert paths == ["/flush_cache?timeout=30"]
 
 
 def test_an_answer_cut_short_is_a_broken_connection() -> None:
@@ -170,7 +200,7 @@ def test_an_engine_elsewhere_that_is_gone_is_an_engine_error_with_its_name() -> 
     with pytest.raises(EngineError, match="engine e7 broke the connection during /flush_cache"):
         asyncio.run(engine.ascore([np.asarray([1, 2])]))
     with pytest.raises(EngineError, match="engine e7 is not healthy: it broke the connection during /server_info"):
-        engine.check_health(1)
+        run(engine.acheck_health(1))
     with pytest.raises(EngineError, match="engine e7 did not start within 2 s"):
         engine.wait_ready()
     with pytest.raises(EngineError, match="engine e7 belongs to another process"):

@@ -32,6 +32,7 @@ SETTINGS: dict[str, Any] = {
     "request_timeout_s": 5,
     "use_cpu": True,
 }
+CONFIG = json.dumps({"architectures": ["LlamaForCausalLM"], "vocab_size": 100})
 
 
 def test_what_a_launcher_said_about_the_trainer_does_not_reach_the_engine() -> None:
@@ -63,7 +64,7 @@ def test_what_the_trainer_says_of_its_network_does_not_open_the_engines(monkeypa
     [("enable_custom_logit_processor", True), ("tokenizer_worker_num", 2), ("grpc_port", 5000), ("grpc_mode", True)],
 )
 def test_an_argument_that_would_leave_the_engine_open_is_refused(tmp_path: Path, argument: str, value: object) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
+    (tmp_path / "config.json").write_text(CONFIG)
     with pytest.raises(ValueError, match=f"--sglang-{argument.replace('_', '-')} is {value}"):
         start_engine(str(tmp_path), log_path=str(tmp_path / "log"), server_args={argument: value}, **SETTINGS)
 
@@ -75,13 +76,16 @@ def test_a_directory_without_a_model_is_an_error_before_anything_starts(tmp_path
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="names no architecture"):
         start_engine(str(tmp_path), log_path=log, server_args={}, **SETTINGS)
-    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
+    (tmp_path / "config.json").write_text(CONFIG.replace("100", "-1"))
+    with pytest.raises(ValueError, match="vocab_size is -1, not a positive integer"):
+        start_engine(str(tmp_path), log_path=log, server_args={}, **SETTINGS)
+    (tmp_path / "config.json").write_text(CONFIG)
     with pytest.raises(ValueError, match="--sglang-api-key is 'x', but is set by the run itself"):
         start_engine(str(tmp_path), log_path=log, server_args={"api_key": "x"}, **SETTINGS)
 
 
 def test_fp8_weights_are_for_gpus_and_need_an_update_first(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
+    (tmp_path / "config.json").write_text(CONFIG)
     with pytest.raises(ValueError, match="--rollout-fp8 is set, but engines on a CPU"):
         start_engine(str(tmp_path), log_path=str(tmp_path / "log"), server_args={}, fp8=True, **SETTINGS)
     config = {"hidden_size": 256, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 256}
@@ -101,7 +105,7 @@ def test_fp8_weights_are_for_gpus_and_need_an_update_first(tmp_path: Path) -> No
 def test_an_engine_that_cannot_be_started_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: str
 ) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
+    (tmp_path / "config.json").write_text(CONFIG)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))

@@ -29,6 +29,7 @@ REQUESTS = [request("a/0", [1, 2]), request("a/1", [1, 2]), request("b/0", [3])]
 
 
 IDS = ["c-0", "c-1", "c-2"]
+VOCAB_SIZE = 10
 
 
 def good_answer() -> list[dict[str, Any]]:
@@ -37,18 +38,24 @@ def good_answer() -> list[dict[str, Any]]:
             "output_ids": ids,
             "meta_info": {
                 "id": name,
-                "finish_reason": {"type": reason},
+                "finish_reason": reason,
+                "prompt_tokens": len(asked.prompt_ids),
+                "completion_tokens": len(ids),
                 "weight_version": "3",
                 "weight_versions": [{"version": "3", "start": 0, "end": len(ids)}],
                 "output_token_logprobs": [[-0.5 * token, token, None] for token in ids],
             },
         }
-        for name, ids, reason in (("c-0", [4, 2], "stop"), ("c-1", [5, 6, 7, 8], "length"), ("c-2", [9], "stop"))
+        for asked, name, ids, reason in (
+            (REQUESTS[0], "c-0", [4, 2], {"type": "stop", "matched": 2}),
+            (REQUESTS[1], "c-1", [5, 6, 7, 8], {"type": "length", "length": 4}),
+            (REQUESTS[2], "c-2", [9], {"type": "stop", "matched": 9}),
+        )
     ]
 
 
 def test_completions_come_back_in_request_order() -> None:
-    first, second, third = read_completions(REQUESTS, IDS, good_answer(), 3)
+    first, second, third = read_completions(REQUESTS, IDS, good_answer(), 3, VOCAB_SIZE)
     assert (first.uid, second.uid, third.uid) == ("a/0", "a/1", "b/0")
     assert first.token_ids.tolist() == [4, 2]
     assert first.token_ids.dtype == np.int64
@@ -70,6 +77,12 @@ def test_completions_come_back_in_request_order() -> None:
         (("meta_info", "output_token_logprobs", 0, 0), float("-inf"), "log-prob at position 0 is -inf"),
         (("meta_info", "output_token_logprobs", 0, 1), 99, "do not belong"),
         (("meta_info", "finish_reason"), {"type": "abort", "message": "x"}, "finished by .*abort"),
+        (("meta_info", "finish_reason"), None, "finish_reason is 'None'"),
+        (("meta_info", "finish_reason"), {"type": "length", "length": 3}, "finished by .*nor the length 4"),
+        (("meta_info", "finish_reason"), {"type": "stop", "matched": 7}, "finished by .*neither a stop at token 8"),
+        (("meta_info", "finish_reason"), {"type": "stop", "matched": "NaN happened"}, "finished by .*NaN happened"),
+        (("meta_info", "prompt_tokens"), 3, "prompt_tokens is 3, not 2"),
+        (("meta_info", "completion_tokens"), 5, "completion_tokens is 5, not 4"),
         (("meta_info", "weight_version"), "2", "weight version 2, 3, not 3"),
         (("meta_info", "weight_versions", 0, "version"), "2", "weight version 2, 3, not 3"),
         (("meta_info", "weight_version"), "default", "weight version 3, default, not 3"),
@@ -77,6 +90,7 @@ def test_completions_come_back_in_request_order() -> None:
         (("meta_info", "weight_versions"), ["3"], "is '3', not a mapping"),
         (("meta_info", "output_token_logprobs", 0, 0), "-1", "log-prob at position 0 is -1"),
         (("meta_info", "output_token_logprobs", 0, 0), 0.5, "log-prob at position 0 is 0.5"),
+        (("meta_info", "output_token_logprobs", 0, 0), False, "log-prob at position 0 is False"),
         (("meta_info", "output_token_logprobs", 0, 0), -1e31, "log-prob at position 0 is -1e"),
         (("meta_info", "output_token_logprobs", 0, 0), 10**400, "log-prob at position 0 is 1000"),
         (("meta_info", "output_token_logprobs", 0), 7, "a log-prob is 7"),
@@ -97,18 +111,23 @@ def test_an_answer_that_does_not_fit_is_refused(path: tuple[Any, ...], value: An
         target = target[key]
     target[path[-1]] = value
     with pytest.raises(BadAnswer, match=message):
-        read_completions(REQUESTS, IDS, answer, 3)
+        read_completions(REQUESTS, IDS, answer, 3, VOCAB_SIZE)
+
+
+def test_a_token_beyond_the_vocabulary_is_refused() -> None:
+    with pytest.raises(BadAnswer, match="b/0: token 9 came back, but the model has 9"):
+        read_completions(REQUESTS, IDS, good_answer(), 3, 9)
 
 
 def test_a_missing_answer_is_refused() -> None:
     with pytest.raises(BadAnswer, match="2 answers came back to 3 requests"):
-        read_completions(REQUESTS, IDS, good_answer()[:2], 3)
+        read_completions(REQUESTS, IDS, good_answer()[:2], 3, VOCAB_SIZE)
 
 
 @pytest.mark.parametrize("answer", [None, "text", 5, [None, None, None], ["a", "b", "c"], {}, [{}, {}, {}]])
 def test_what_is_no_answer_at_all_is_refused(answer: Any) -> None:
     with pytest.raises(BadAnswer):
-        read_completions(REQUESTS, IDS, answer, 3)
+        read_completions(REQUESTS, IDS, answer, 3, VOCAB_SIZE)
     with pytest.raises(BadAnswer):
         read_scores([np.asarray([1])] * 3, IDS, answer, 3)
     with pytest.raises(BadAnswer):
@@ -118,9 +137,9 @@ def test_what_is_no_answer_at_all_is_refused(answer: Any) -> None:
 def test_an_answer_that_was_given_twice_is_refused() -> None:
     first, second, _ = good_answer()
     with pytest.raises(BadAnswer, match="answer 2 is about request 'c-1', not 'c-2'"):
-        read_completions(REQUESTS, IDS, [first, second, second], 3)
+        read_completions(REQUESTS, IDS, [first, second, second], 3, VOCAB_SIZE)
     with pytest.raises(BadAnswer, match="answer 0 is about request 'c-1'"):
-        read_completions(REQUESTS, IDS, [second, first, good_answer()[2]], 3)
+        read_completions(REQUESTS, IDS, [second, first, good_answer()[2]], 3, VOCAB_SIZE)
     assert set(request_ids(3)).isdisjoint(request_ids(3))
 
 
