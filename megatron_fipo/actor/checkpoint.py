@@ -29,7 +29,6 @@ from megatron_fipo.actor.checkpoint_files import (
     begin_aside,
     commit,
     read_run_state,
-    remove,
     seal,
 )
 from megatron_fipo.actor.checkpoint_loading import load_sharded
@@ -37,10 +36,16 @@ from megatron_fipo.actor.checkpoint_reading import read_tensors, reason
 from megatron_fipo.actor.checkpoint_writing import Snapshot, Written, saved, take_snapshot, write, write_metadata
 from megatron_fipo.actor.finite_weights import require_finite_weights
 from megatron_fipo.actor.model import gather_parameters, unwrapped
-from megatron_fipo.actor.retention import retire
 
 
-def save_checkpoint(actor: Actor, root: str | Path, step: int, trainer_state: Mapping[str, Any] | None) -> Path:
+def save_checkpoint(
+    actor: Actor,
+    root: str | Path,
+    step: int,
+    trainer_state: Mapping[str, Any] | None,
+    *,
+    score: float | None = None,
+) -> Path:
     """Write `root/step_NNNNNNN` after `step` finished steps and point `root/latest` at it; its path.
 
     `trainer_state` (rank 0; JSON) is everything outside Megatron: data position and surplus groups. Until all of it is
@@ -49,13 +54,9 @@ def save_checkpoint(actor: Actor, root: str | Path, step: int, trainer_state: Ma
     """
     control = actor.groups.control
     aside = begin_together(root, step, control)
-    snapshot = snapshot_of(actor, step, trainer_state, None)
+    snapshot = snapshot_of(actor, step, trainer_state, score)
     everywhere = agreed(lambda: write(snapshot, aside, threading.Event()), control)
-    directory = commit_together(aside, snapshot, everywhere, control)
-    if control.rank() == 0:
-        for replaced in retire(directory, keep_last=None, keep_best=0):
-            remove(replaced)
-    return directory
+    return commit_together(aside, snapshot, everywhere, control)
 
 
 def begin_together(root: str | Path, step: int, control: dist.ProcessGroup) -> Path:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_fipo.actor.actor import Actor
-from megatron_fipo.actor.checkpoint import begin_together, commit_together, snapshot_of
+from megatron_fipo.actor.checkpoint import begin_together, commit_together, save_checkpoint, snapshot_of
 from megatron_fipo.actor.checkpoint_files import CheckpointError, agreed, remove
 from megatron_fipo.actor.checkpoint_reading import reason
 from megatron_fipo.actor.checkpoint_writing import Snapshot, Written, write
@@ -59,20 +59,21 @@ class CheckpointSaver:
         `latest` then names the checkpoint it named before. Collective over all ranks.
         """
         self.finish()
+        if not self._is_async:
+            self._retire(save_checkpoint(self._actor, self._root, step, trainer_state, score=score))
+            return
         aside = begin_together(self._root, step, self._actor.groups.control)
         snapshot = snapshot_of(self._actor, step, trainer_state, score)
 
         def work() -> Written:
             return write(snapshot, aside, self._abandoned)
 
-        self._pending = _Pending(aside, snapshot, _Background(work) if self._is_async else None)
-        if not self._is_async:
-            self._commit()
+        self._pending = _Pending(aside, snapshot, _Background(work))
 
     def poll(self) -> Path | None:
         """Commit the save being written if all ranks have written it; its directory, or None while there is nothing to
         commit. Raises CheckpointError on every rank when one could not write. Quick; collective over all ranks."""
-        if self._pending is None or self._pending.writing is None:
+        if self._pending is None:
             return None
         done = torch.tensor([self._pending.writing.is_done()], dtype=torch.int32)
         dist.all_reduce(done, op=dist.ReduceOp.MIN, group=self._actor.groups.control)
@@ -91,7 +92,7 @@ class CheckpointSaver:
         alone."""
         self._abandoned.set()
         pending, self._pending = self._pending, None
-        if pending is not None and pending.writing is not None:
+        if pending is not None:
             pending.writing.wait()
         if self._removal is not None:
             self._removal.wait()
@@ -101,15 +102,15 @@ class CheckpointSaver:
         assert self._pending is not None, "there is something to commit"
         pending, self._pending = self._pending, None
         control = self._actor.groups.control
-        everywhere = agreed(lambda: pending.written(self._abandoned), control)
-
+        everywhere = agreed(pending.writing.result, control)
         directory = commit_together(pending.aside, pending.snapshot, everywhere, control)
-        if control.rank() == 0:
-            self._retire(directory)
+        self._retire(directory)
         return directory
 
     def _retire(self, current: Path) -> None:
-        """Remove what need not be kept: the names now, the files in the background of an asynchronous saver."""
+        """Rank 0 removes what need not be kept: the names now, the files in the background of an asynchronous saver."""
+        if self._actor.groups.control.rank() != 0:
+            return
         self._wait_for_removal()
         try:
             retired = retire(current, keep_last=self._keep_last, keep_best=self._keep_best)
@@ -167,13 +168,8 @@ class _Background(Generic[T]):
 
 @dataclass(frozen=True)
 class _Pending:
-    """A save that is not committed yet. `writing` is None where the files are written by whoever commits."""
+    """A save that is being written, and not committed yet."""
 
     aside: Path
     snapshot: Snapshot
-    writing: _Background[Written] | None
-
-    def written(self, abandoned: threading.Event) -> Written:
-        if self.writing is None:
-            return write(self.snapshot, self.aside, abandoned)
-        return self.writing.result()
+    writing: _Background[Written]

@@ -3,7 +3,7 @@ generating. states.py has the table of turns, docs/hybrid-engine.md the picture.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
@@ -47,7 +47,6 @@ class HybridEngine:
         ep_size: int = 1,
         fp8: bool = False,
         call_everyone: Callable[[], None] | None = None,
-        on_turn: Callable[[State, Mapping[str, float]], None] | None = None,
         say: Callable[[str], None] = say_on_stderr,
     ) -> None:
         """`pool`: all engines, on rank 0 and None elsewhere. On several nodes, `receivers` are the ranks that hand
@@ -57,7 +56,7 @@ class HybridEngine:
         compared with what was sent in the first sync, after an engine was started again, and, where
         `check_weights_interval` is not 0, in every such sync. `tp_size`, `ep_size`, `fp8`: of engines. `call_everyone`,
         called on rank 0 inside `generate` when no engine is left, must have all ranks call `resync` and return after
-        it; a single rank needs none. `on_turn` gets each new state with the memory of both sides, on every rank.
+        it; a single rank needs none.
 
         Raises ValueError where the actor's memory cannot leave the device.
         """
@@ -83,7 +82,6 @@ class HybridEngine:
         self._check_interval = check_weights_interval
         self._num_syncs = 0
         self._call_everyone = call_everyone
-        self._on_turn = on_turn
         self._say = say
         self._reason = ""  # of the failure
         self._memory: dict[str, float] = {}
@@ -303,8 +301,6 @@ class HybridEngine:
         if self.state == "generating":
             away = 0 if self._offloader is None else self._offloader.bytes_away
             self._memory["memory/offloaded"] = away / GIB
-        if self._on_turn is not None:
-            self._on_turn(self.state, figures)
 
     def _turn(self, state: State) -> None:
         self.state = next_state(self.state, state, self._reason)

@@ -89,11 +89,15 @@ def take_turns(model_dir: str, log_dir: str, placement: EnginePlacement) -> dict
                 bucket_bytes=10_000,
                 placement=placement,
                 offload_trainer=placement == "colocated",
-                on_turn=lambda state, figures: found["turns"].append([state, figures["engines"]]),
             ),
         )
         pool.wait_ready()
+
+        def note_turn() -> None:
+            found["turns"].append([side.hybrid.state, side.hybrid.memory()[f"memory/{side.hybrid.state}/engines"]])
+
         sync(side, 0)
+        note_turn()
         for version in (1, 2, 3):
             completions = side.generate()
             found["versions"].append([completion.weight_version for completion in completions])
@@ -104,13 +108,16 @@ def take_turns(model_dir: str, log_dir: str, placement: EnginePlacement) -> dict
                 for one, other in zip(completions, again, strict=True)
             )
             found["differences"].append(side.train(completions))
+            note_turn()
             if version == 3:
                 found["killed"] = kill(pool.engines[0].process_id)
             sync(side, version)
+            note_turn()
         completions = side.generate()
         found["versions"].append([completion.weight_version for completion in completions])
         found["holds"].append(side.engines_hold_the_actor())
         found["differences"].append(side.train(completions))
+        note_turn()
         found["memory"] = side.hybrid.memory()
         found["restarts"] = pool.num_restarts_in_all
     return found

@@ -38,6 +38,7 @@ from tiny_engines import (
 )
 
 from megatron_fipo.rollout.engine import NO_VERSION, EngineError
+from megatron_fipo.rollout.event_loop import run
 from megatron_fipo.rollout.pool import EnginePool
 from megatron_fipo.rollout.process_group import group_members
 from megatron_fipo.rollout.sglang_engine import SGLangEngine
@@ -246,7 +247,7 @@ def test_health_checks_are_answered_while_generating_and_change_no_bit(engines, 
     busy.start()
     checks = 0
     while busy.is_alive():
-        engine.check_health(30)
+        run(engine.acheck_health(30))
         checks += 1
     busy.join()
     assert found == expected

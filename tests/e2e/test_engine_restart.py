@@ -32,6 +32,7 @@ from tiny_engines import (
 )
 
 from megatron_fipo.rollout.engine import NO_VERSION, EngineError
+from megatron_fipo.rollout.event_loop import run
 from megatron_fipo.rollout.process_group import group_members
 from megatron_fipo.rollout.sglang_engine import SGLangEngine, connect_engine
 from megatron_fipo.weights.bucket import make_buckets
@@ -173,7 +174,7 @@ def test_an_engine_can_be_driven_by_its_address_alone(engine) -> None:
     assert greedy_matches(driver, model)
     assert driver.weight_checksums() == engine.weight_checksums()
     driver.shutdown()
-    engine.check_health(10)
+    run(engine.acheck_health(10))
     with pytest.raises(EngineError, match="weight version 40, not"):
         engine.generate(requests_for(PROMPTS[:1], num_samples=1, length=2, temperature=1.0))
     push(engine, weights_of(model), 41)
@@ -185,12 +186,12 @@ def test_a_hung_scheduler_is_not_healthy(engine) -> None:
     began = time.monotonic()
     try:
         with pytest.raises(EngineError, match="engine0 is not healthy: it gave no answer to /server_info within 1 s"):
-            engine.check_health(1)
+            run(engine.acheck_health(1))
         assert time.monotonic() - began < 4
         engine.check_alive()
     finally:
         scheduler.resume()
-    engine.check_health(30)
+    run(engine.acheck_health(30))
 
 
 def test_a_death_is_an_error_in_every_call_and_the_engine_starts_again_without_weights(engine) -> None:
@@ -200,7 +201,7 @@ def test_a_death_is_an_error_in_every_call_and_the_engine_starts_again_without_w
     for_ever = lambda: [engine.generate(requests) for _ in range(1000)]  # noqa: E731
     assert_ends(engine, for_ever, after_s=0.7)
     with pytest.raises(EngineError, match="engine0"):
-        engine.check_health(5)
+        run(engine.acheck_health(5))
     first, old_members = engine.address, group_members(engine.process_id)
     scratch = Path(engine.process.scratch_dir)
     engine.restart()
@@ -227,7 +228,7 @@ def test_a_death_is_an_error_in_every_call_and_the_engine_starts_again_without_w
     engine.shutdown()
     assert not group_members(engine.process_id)
     assert left_behind(shm_before) == []
-    for call in (engine.check_alive, lambda: engine.check_health(5), lambda: push(engine, [], 9)):
+    for call in (engine.check_alive, lambda: run(engine.acheck_health(5)), lambda: push(engine, [], 9)):
         with pytest.raises(EngineError):
             call()
 

@@ -406,16 +406,14 @@ def test_an_actor_that_stays_works_at_any_time(stage: Stage) -> None:
         assert stage.taken() == []
 
 
-def test_memory_of_both_sides_is_told_at_each_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[Any] = []
-    stage = Stage(monkeypatch, on_turn=lambda state, figures: told.append((state, sorted(figures))))
+def test_memory_of_both_sides_is_told_at_each_turn(stage: Stage) -> None:
     stage.engine.sync_weights(0)
-    stage.engine.start_training()
     names = ["engines", "trainer", "trainer_peak"]
-    assert told == [("generating", names), ("training", names)]
+    of_generating = [*(f"memory/generating/{name}" for name in names), "memory/offloaded"]
+    assert sorted(stage.engine.memory()) == of_generating
+    stage.engine.start_training()
     memory = stage.engine.memory()
-    turns_of_both = [f"memory/{turn}/{name}" for turn in ("generating", "training") for name in names]
-    assert sorted(memory) == sorted([*turns_of_both, "memory/offloaded"])
+    assert sorted(memory) == sorted([*of_generating, *(f"memory/training/{name}" for name in names)])
     assert 0.05 < memory["memory/training/trainer"] <= memory["memory/training/trainer_peak"] < 100
     assert memory["memory/training/engines"] == memory["memory/offloaded"] == 0.0
 
