@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from megatron_fipo.actor.actor import Actor
 from megatron_fipo.actor.checkpoint import load_checkpoint, require_same_architecture
-from megatron_fipo.actor.checkpoint_files import CheckpointError, find_valid_checkpoint, read_run_state
+from megatron_fipo.actor.checkpoint_files import RUN_STATE, CheckpointError, find_valid_checkpoint, read_run_state
 from megatron_fipo.actor.checkpoint_saver import CheckpointSaver
 from megatron_fipo.actor.finite_weights import BrokenWeights
 from megatron_fipo.actor.setup import initialize_distributed, initialize_model_parallel, shut_down
@@ -34,6 +34,7 @@ from megatron_fipo.hybrid.turns import HybridEngine
 from megatron_fipo.interruption import Signals
 from megatron_fipo.metrics.records import EVALUATIONS_FILE, METRICS_FILE, read_metrics
 from megatron_fipo.metrics.run_logger import RunLogger
+from megatron_fipo.own_state import NOTHING_DONE, require_own_state
 from megatron_fipo.problems import Problems
 from megatron_fipo.rollout.pool import EnginePool
 from megatron_fipo.trainer.custom_generation import FLAG as CUSTOM_GENERATE
@@ -45,9 +46,6 @@ from megatron_fipo.trainer.sampling import CollectorPosition
 from megatron_fipo.user_function import load_user_function
 from megatron_fipo.weights.hf_files import write_hf_checkpoint
 from megatron_fipo.weights.mapping import checked_stream
-
-# What a checkpoint holds of the run besides Megatron's state, as it is before the first step; rank 0's.
-_NOTHING_DONE: dict[str, Any] = {"collector": None, "guards": None, "num_updates": 0}
 
 
 def run(settings: Settings, checked: Checked, problems: Problems | None, signals: Signals) -> bool:
@@ -72,16 +70,12 @@ def _run(
     stack.callback(shut_down)
     said: list[str] = [*settings.notes, *(problems.notes if problems is not None else ())]
     resume_from = _checkpoint_to_resume(settings, said.append)  # before the log drops what came after it
-    saved: dict[str, Any] = {"step": 0, "trainer": _NOTHING_DONE}
+    saved: dict[str, Any] = {"step": 0, "trainer": NOTHING_DONE}
     if resume_from is not None:
         saved = read_run_state(resume_from)
         require_same_architecture(resume_from, saved["model"], asdict(checked.arch))  # the rest only Megatron knows
+        require_own_state(resume_from, saved)
     first_step = saved["step"]
-    if not isinstance(saved["trainer"], dict) or saved["trainer"].keys() != _NOTHING_DONE.keys():
-        raise ValueError(
-            f"{resume_from} holds {saved['trainer']!r:.200} as the run's own state, but must hold "
-            f"{', '.join(_NOTHING_DONE)}: it cannot be resumed from"
-        )
     if first_step > settings.run.train_iters:
         raise ValueError(
             f"--train-iters is {settings.run.train_iters}, but {resume_from} (--load) already has {first_step} steps"
@@ -236,7 +230,10 @@ class _Stages:
                 return
             if state is None:
                 raise ValueError("the checkpoint was saved while replaying rollouts: it has no data position to resume")
-            self.rollout_side.collector.load_state_dict(state)
+            try:
+                self.rollout_side.collector.load_state_dict(state)
+            except ValueError as error:
+                raise ValueError(f"{directory / RUN_STATE}: {error}") from error
             custom = self.settings.rollout.custom_generate_function_path
             if custom is not None and self.rollout_side.collector.unfinished:
                 raise ValueError(

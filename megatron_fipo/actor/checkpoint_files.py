@@ -30,6 +30,7 @@ from megatron_fipo.actor.checkpoint_reading import (
     shown,
 )
 from megatron_fipo.actor.metadata_pickle import SHARD_NAME, parse_metadata
+from megatron_fipo.actor.saved_shapes import OBJECT, POSITIVE, TEXT, TRUTH, WHOLE, Check, require_shape
 
 T = TypeVar("T")
 
@@ -44,6 +45,7 @@ _ASIDE = ".writing_"
 _RETIRED = ".removing_"
 _CHECKPOINT = re.compile(r"step_(\d{7,15})(?:\.(\d{1,9}))?", re.ASCII)
 _RANDOM_STATE = re.compile(r"rng_\d{1,9}\.pt", re.ASCII)
+_LAYOUT: dict[str, Check] = {"sequence_parallel": TRUTH, "params_dtype": TEXT, "device": TEXT}  # all else are sizes
 
 
 def find_checkpoint(root: str | Path) -> Path:
@@ -149,17 +151,16 @@ def verify_checkpoint_together(directory: Path) -> None:
 
 def read_run_state(directory: Path) -> dict[str, Any]:
     """What a verified checkpoint holds in JSON: `step`, `model`, `layout`, `trainer`, `score`. Raises CheckpointError
-    naming what is missing."""
+    naming what is missing, or of another kind: the last two are whose they are to look at."""
     path = directory / RUN_STATE
     state = read_json(path)
     for name in ("step", "model", "layout", "trainer"):
         if name not in state:
             raise CheckpointError(f"{path} holds no {name!r}: a piece of the run's state is missing")
-    if type(state["step"]) is not int or state["step"] < 0:
-        raise CheckpointError(f"{path} says step {ascii(state['step'])[:100]}, which is no number of finished steps")
-    for name in ("model", "layout"):
-        if not isinstance(state[name], dict):
-            raise CheckpointError(f"{path} says {name} {ascii(state[name])[:100]}, which describes none")
+    for name, check in (("step", WHOLE), ("model", OBJECT), ("layout", OBJECT)):
+        require_shape(state[name], check, key=name, path=path)
+    for name, value in state["layout"].items():
+        require_shape(value, _LAYOUT.get(name, POSITIVE), key=f"layout.{name}", path=path)
     return state
 
 
@@ -317,14 +318,12 @@ def _from_rank_zero(function: Callable[[], T]) -> T:
 def _check_run_state(directory: Path, listed: Mapping[str, Any]) -> None:
     """The run's state must be that of the step in the directory's name, and of as many ranks as left a random state."""
     path = directory / RUN_STATE
-    state = read_json(path)
-    if _CHECKPOINT.fullmatch(directory.name) and state.get("step") != step_of(directory):
-        raise CheckpointError(f"{path} says step {ascii(state.get('step'))[:100]}, which is not {directory}'s")
-    layout = state.get("layout")
-    sizes = [layout.get(axis) for axis in ("tp", "pp", "cp", "dp")] if isinstance(layout, dict) else []
-    known = [size for size in sizes if isinstance(size, int)]
-    if known and len(known) == len(sizes):
-        for rank in range(math.prod(known)):
+    state = read_run_state(directory)
+    if _CHECKPOINT.fullmatch(directory.name) and state["step"] != step_of(directory):
+        raise CheckpointError(f"{path} says step {state['step']}, which is not {directory}'s")
+    sizes = [state["layout"].get(axis) for axis in ("tp", "pp", "cp", "dp")]
+    if None not in sizes:
+        for rank in range(math.prod(sizes)):
             if f"rng_{rank}.pt" not in listed:
                 raise CheckpointError(f"{directory / MANIFEST} lists no rng_{rank}.pt, the random state of a rank")
 

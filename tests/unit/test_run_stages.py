@@ -86,7 +86,7 @@ def test_another_models_checkpoint_is_refused_before_a_record_is_dropped(
     class Shape:
         num_layers: int = 2
 
-    saved = {"step": 1, "model": {"num_layers": 3}, "trainer": run._NOTHING_DONE}
+    saved = {"step": 1, "model": {"num_layers": 3}, "trainer": run.NOTHING_DONE}
     monkeypatch.setattr(run, "initialize_distributed", lambda *_, **__: None)
     monkeypatch.setattr(run, "_checkpoint_to_resume", lambda settings, say: tmp_path)
     monkeypatch.setattr(run, "read_run_state", lambda directory: saved)
