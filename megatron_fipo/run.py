@@ -173,6 +173,12 @@ class _Stages:
         self.replays = settings.rollout.replay_rollouts is not None
         self.hybrid: HybridEngine | None = None
         self.rollout_side: RolloutSide | None = None
+        self._scores: dict[int, float] = {}  # step -> its evaluation's; rank 0
+        self._evaluated: set[int] = set()  # steps whose evaluations the records hold; rank 0
+        if self.layout.rank == 0:
+            records = read_metrics(Path(settings.run.output_dir) / EVALUATIONS_FILE)
+            self._evaluated = {record["step"] for record in records}
+            self._scores = {record["step"]: record["accuracy"] for record in records}
         self.saver: CheckpointSaver | None = None
         if settings.run.save is not None:
             self.saver = CheckpointSaver(
@@ -181,16 +187,11 @@ class _Stages:
                 is_async=settings.run.async_save,
                 keep_last=settings.run.keep_last,
                 keep_best=settings.run.keep_best,
+                scores=self._scores,
                 say=log.say,
             )
             self.rank_zero.after_failure.append(self._commit_what_is_written)
         self._saved_step: int | None = None
-        self._scores: dict[int, float] = {}  # step -> its evaluation's; rank 0
-        self._evaluated: set[int] = set()  # steps whose evaluations the records hold; rank 0
-        if self.layout.rank == 0:
-            records = read_metrics(Path(settings.run.output_dir) / EVALUATIONS_FILE)
-            self._evaluated = {record["step"] for record in records}
-            self._scores = {record["step"]: record["accuracy"] for record in records}
         self._before: tuple[int, CollectorPosition] | None = None  # the step that is done, and where collection stood
         self._restored: dict[str, Any] | None = None
         if engines is None:

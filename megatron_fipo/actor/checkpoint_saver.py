@@ -16,7 +16,7 @@ from megatron_fipo.actor.checkpoint import begin_together, commit_together, save
 from megatron_fipo.actor.checkpoint_files import CheckpointError, agreed, remove
 from megatron_fipo.actor.checkpoint_reading import reason
 from megatron_fipo.actor.checkpoint_writing import Snapshot, Written, write
-from megatron_fipo.actor.retention import retire
+from megatron_fipo.actor.retention import NO_SCORES, retire
 
 T = TypeVar("T")
 
@@ -28,8 +28,9 @@ class CheckpointSaver:
     writes and flushes the copy. The checkpoint is committed, and `root/latest` moved, by the first `poll`, `save` or
     `finish` after all ranks have written. Without, `save` does all of it.
 
-    `keep_last` (None: all) newest checkpoints are kept, and the `keep_best` with the highest scores. `say` is told, on
-    rank 0, of what could not be removed: that ends no run.
+    `keep_last` (None: all) newest checkpoints are kept, and the `keep_best` with the highest scores; `scores`, which
+    may grow meanwhile, has those of steps that were evaluated after they were saved. `say` is told, on rank 0, of what
+    could not be removed: that ends no run.
     """
 
     def __init__(
@@ -40,12 +41,13 @@ class CheckpointSaver:
         is_async: bool = False,
         keep_last: int | None = None,
         keep_best: int = 0,
+        scores: Mapping[int, float] = NO_SCORES,
         say: Callable[[str], None],
     ) -> None:
         self._actor = actor
         self._root = Path(root)
         self._is_async = is_async
-        self._keep_last, self._keep_best = keep_last, keep_best
+        self._keep_last, self._keep_best, self._scores = keep_last, keep_best, scores
         self._say = say
         self._abandoned = threading.Event()
         self._pending: _Pending | None = None
@@ -113,7 +115,7 @@ class CheckpointSaver:
             return
         self._wait_for_removal()
         try:
-            retired = retire(current, keep_last=self._keep_last, keep_best=self._keep_best)
+            retired = retire(current, keep_last=self._keep_last, keep_best=self._keep_best, scores=self._scores)
         except CheckpointError as error:
             self._say(f"WARNING: {current} is saved, but an old checkpoint stays: {error}")
             return
