@@ -86,6 +86,8 @@ def train(run: Run, *, first_step: int) -> bool:
     try:
         if first_step == 0 or _evaluation_is_due(run, first_step):
             run.evaluate(first_step)
+        if num_done == run.num_steps:  # no step is left, but it may have come from another directory than it saves to
+            run.save(num_done)
         while num_done < run.num_steps:
             run.pause()
             _step(run, num_done + 1)

@@ -301,10 +301,10 @@ def test_a_resumed_run_goes_on_with_the_next_step(control: dist.ProcessGroup, tm
     assert records(tmp_path)[2]["engine_mismatch/num_tokens"] == 10
 
 
-def test_a_finished_run_has_nothing_to_do(control: dist.ProcessGroup, tmp_path: Path) -> None:
+def test_a_finished_run_has_no_step_to_make(control: dist.ProcessGroup, tmp_path: Path) -> None:
     world = World()
     train(make_run(world, control, tmp_path, num_steps=2, resume_step=2), first_step=2)
-    assert world.diary == [("evaluate", 2)]  # which is made only where the records do not hold it
+    assert world.diary == [("evaluate", 2), ("save", 2)]  # which are made only where they are not there yet
 
 
 def test_samples_of_older_weights_are_trained_on_but_not_compared(control: dist.ProcessGroup, tmp_path: Path) -> None:

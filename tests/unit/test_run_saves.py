@@ -1,4 +1,4 @@
-"""A checkpoint whose evaluation a signal abandoned is judged by the one that the resumed run makes of it."""
+"""What a run saves, where, and which of it it keeps, in the cases that lie between two runs."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ def stages_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], A
     signals = SimpleNamespace(interruptible=None, deferred=None)
 
     def make() -> Any:
-        stages = run._Stages(settings, actor, None, None, None, log, signals)  # type: ignore[arg-type]
+        guards = SimpleNamespace(state_dict=dict, load_state_dict=lambda state: None)
+        stages = run._Stages(settings, actor, None, None, guards, log, signals)  # type: ignore[arg-type]
         stages.rank_zero = SimpleNamespace(run=lambda function, interruptible=False: function())  # type: ignore[assignment]
         stages.rollout_side = SimpleNamespace(  # type: ignore[assignment]
             collector=SimpleNamespace(state_dict=dict), evaluate=lambda: [stages.score]
@@ -100,3 +101,14 @@ def test_the_best_checkpoint_is_kept_although_its_evaluation_was_abandoned(
     stages._evaluate(6)
     stages._save(6)
     assert kept(root) == ["step_0000002", "step_0000006"]
+
+
+@pytest.mark.parametrize(("loaded_from", "written"), [("elsewhere", ["step_0000005"]), ("checkpoints", [])])
+def test_a_run_that_has_no_step_left_saves_what_it_loaded_from_another_directory(
+    stages_of: Callable[[], Any], tmp_path: Path, loaded_from: str, written: list[str]
+) -> None:
+    stages = stages_of()
+    stages.rollout_side = None
+    stages.restore(tmp_path / loaded_from / "step_0000005", {"step": 5, "trainer": {"collector": None, "guards": {}}})
+    stages._save(5)  # as the loop does then
+    assert kept(tmp_path / "checkpoints") == written
