@@ -19,15 +19,18 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.multiprocessing
 from torch import Tensor
 
+from megatron_fipo.actor.weight_stream import bucket_size
 from megatron_fipo.weights.architecture import Architecture, hf_shapes, read_architecture
 from megatron_fipo.weights.bucket import WeightBucket, make_buckets, received_bucket
 from megatron_fipo.weights.buffers import BucketBuffers
@@ -100,16 +103,21 @@ def into_process(title: str, tensors: Tensors, options: argparse.Namespace) -> N
     shapes = [(name, tuple(tensor.shape)) for name, tensor in tensors]
     process = context.Process(target=receive, args=(theirs, shapes), daemon=True)
     process.start()
-    buffers, bucket_bytes = BucketBuffers(), options.bucket_mb << 20
+    buffers = BucketBuffers()
+    largest = max(tensor.nbytes for _, tensor in tensors)
+    bucket_bytes = bucket_size(sum(tensor.nbytes for _, tensor in tensors), options.bucket_mb << 20)
 
     def send(tensors: Tensors, bytes_at_once: int, is_verified: bool) -> int:
-        num_calls = 0
+        num_calls, sent = 0, None  # the bucket that the process copies while the next one is packed
         with checksums(is_verified):
-            for bucket in make_buckets(tensors, bytes_at_once, buffers):
+            for bucket in make_buckets(tensors, bytes_at_once, buffers, largest_bytes=largest):
+                if sent is not None:
+                    assert ours.recv() == len(sent.entries)
                 memory = bucket.flat if bucket.home is None else bucket.home
                 ours.send((bucket.header(), memory, is_verified))
-                assert ours.recv() == len(bucket.entries)
-                num_calls += 1
+                sent, num_calls = bucket, num_calls + 1
+            assert sent is not None
+            assert ours.recv() == len(sent.entries)
         return num_calls
 
     sample, whole = tensors[:: -(-len(tensors) // 500)], tensors
@@ -144,6 +152,7 @@ def receive(connection: Connection, shapes: list[tuple[str, tuple[int, ...]]]) -
 
 def into_engine(tensors: Tensors, options: argparse.Namespace) -> None:
     """The actor's own export into a SGLang server, from the request to stop serving to the first that is let in."""
+    from megatron_fipo.rollout.pool import EnginePool
     from megatron_fipo.rollout.server_process import start_engine
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -165,13 +174,15 @@ def into_engine(tensors: Tensors, options: argparse.Namespace) -> None:
             engine.wait_ready()
             versions = iter(range(1, 1 << 30))
 
+            pool = EnginePool([engine])
+
             def sync(buckets: Callable[[], Iterator[WeightBucket]]) -> int:
                 num_calls = 0
-                engine.begin_weight_update()
+                pool.begin_weight_update()
                 for bucket in buckets():
-                    engine.push_bucket(bucket)
+                    pool.push_bucket(bucket)
                     num_calls += 1
-                engine.end_weight_update(next(versions))
+                pool.end_weight_update(next(versions))
                 return num_calls
 
             def nothing_sent() -> int:
@@ -238,20 +249,19 @@ def copy_floor(tensors: Tensors) -> Callable[[], int]:
     return copy
 
 
-class checksums:
+@contextmanager
+def checksums(are_made: bool) -> Iterator[None]:
     """Within it, where not wanted, checksums are not made: what is left is the rest of an update."""
 
-    def __init__(self, are_made: bool) -> None:
-        self._are_made = are_made
-        self._originals = (RunningChecksum.advance, RunningChecksum.finish)
+    def copy(self: RunningChecksum, source: Tensor, start: int) -> None:
+        target = self._words.view(torch.uint8)[start : start + source.nbytes]
+        target.view(source.dtype).view(source.shape).copy_(source)
 
-    def __enter__(self) -> None:
-        if not self._are_made:
-            RunningChecksum.advance = lambda self, end: None  # type: ignore[method-assign]
-            RunningChecksum.finish = lambda self, label: 0  # type: ignore[method-assign]
-
-    def __exit__(self, *_: object) -> None:
-        RunningChecksum.advance, RunningChecksum.finish = self._originals  # type: ignore[method-assign]
+    with ExitStack() as replaced:
+        if not are_made:
+            for name, plain in (("copy", copy), ("advance", lambda self, end, lag=0: None), ("finish", lambda *_: 0)):
+                replaced.enter_context(mock.patch.object(RunningChecksum, name, plain))
+        yield
 
 
 def measure(contestants: dict[str, Callable[[], int]], options: argparse.Namespace) -> dict[str, tuple[float, int]]:

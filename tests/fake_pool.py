@@ -83,6 +83,9 @@ class FakePool:
             flat = bucket.flat[entry.start : entry.end].view(entry.dtype)
             self.held[entry.name] = flat.view(entry.shape).clone()
 
+    def await_pushed(self) -> None:
+        """Every push is through when it returns."""
+
     def end_weight_update(self, version: int) -> None:
         self._do("end", version)
         self.weight_version = version

@@ -21,7 +21,10 @@ from megatron_fipo.weights import fp8
 from megatron_fipo.weights.architecture import Architecture
 from megatron_fipo.weights.bucket import BucketWriter, WeightBucket, aligned_bytes
 from megatron_fipo.weights.buffers import BucketBuffers
-from megatron_fipo.weights.mapping import OUTPUT, hf_shapes_of, write_hf
+from megatron_fipo.weights.mapping import OUTPUT, hf_parts, hf_shapes_of, write_hf
+
+_LEAST_BUCKETS = 8
+_SMALLEST_BYTES = 16 << 20  # below it the calls cost more than the overlap gains
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,9 @@ def export_buckets(
 ) -> Iterator[WeightBucket]:
     """Yield the same buckets on every rank of `receivers`, nothing elsewhere; every rank must exhaust the iterator.
 
-    A bucket holds at most `bucket_bytes`, or one tensor that is larger. On the way is at most the next piece: beside
-    its own shards a receiver holds a bucket and two pieces, a sender its shares of two pieces. One point-to-point
+    A bucket holds at most `bucket_bytes`, or one tensor that is larger, and a small model's less (`bucket_size`). On
+    the way is at most the next piece: beside its own shards a receiver holds the bucket it packs, those that the
+    caller keeps, and two pieces; a sender its shares of two pieces. One point-to-point
     transfer for each piece, receiver and rank that has what it lacks, over the default group. All parameters have one
     dtype; with `quantise` the tensors of `fp8.is_quantised` become two (weights/fp8.py).
     """
@@ -81,8 +85,10 @@ def export_buckets(
     named = {name: parameter.detach() for name, parameter in global_parameters(chunks, arch, layout).items()}
     dtype = next(iter(named.values())).dtype
     assert all(tensor.dtype == dtype for tensor in named.values()), f"parameters are not all {dtype}"
+    sizes = [tensor.size_bytes for piece in plan(arch, layout, table, 1, dtype) for tensor in piece.tensors]
+    bucket_bytes = bucket_size(sum(sizes), bucket_bytes)
     pieces = plan(arch, layout, table, bucket_bytes, dtype)
-    capacity = min(bucket_bytes, max(sum(tensor.size_bytes for tensor in piece.tensors) for piece in pieces))
+    capacity = max(bucket_bytes, *sizes)  # memory that is not written is not taken
     under_way: deque[_Transfer] = deque()
 
     def finish() -> Iterator[WeightBucket]:
@@ -100,6 +106,12 @@ def export_buckets(
         if len(under_way) == 2:
             yield from finish()
     yield from finish()
+
+
+def bucket_size(total_bytes: int, bucket_bytes: int) -> int:
+    """What buckets hold at most: `bucket_bytes`, or less for a model that would be so few of them that packing one does
+    not overlap with loading the one before."""
+    return min(bucket_bytes, max(_SMALLEST_BYTES, -(-total_bytes // _LEAST_BUCKETS)))
 
 
 def plan(
@@ -206,18 +218,13 @@ def _packed(
         else:
             wanted.append((tensor.name, tensor.shape, dtype))
     writer = BucketWriter(wanted, device, buffers, capacity_bytes=capacity_bytes)
-    place = 0
     for tensor in tensors:
         parts = shards[tensor.entry.name]
         if quantise and fp8.is_quantised(tensor.name):
             whole = torch.empty(tensor.shape, dtype=dtype, device=device)
             write_hf(tensor.entry.name, arch, parts, tensor.index, whole)
             for result in fp8.quantise(whole):
-                writer.view(place).copy_(result)
-                writer.written(place)
-                place += 1
+                writer.write([result])
         else:
-            write_hf(tensor.entry.name, arch, parts, tensor.index, writer.view(place))
-            writer.written(place)
-            place += 1
+            writer.write(*hf_parts(tensor.entry.name, arch, parts, tensor.index))
     return writer.finish()

@@ -71,13 +71,15 @@ class NodeEngines:
     def push(
         self, buckets: Iterator[WeightBucket], arch: Architecture, *, with_checksums: bool
     ) -> list[dict[str, str]] | None:
-        """Push every bucket, exhausting the stream whatever fails. `with_checksums`: returns what the engines must say
-        they hold afterwards, per tensor-parallel rank, computed from the buckets as they pass."""
+        """Push every bucket, exhausting the stream whatever fails: the next one is packed while one is loaded.
+        `with_checksums`: returns what the engines must say they hold afterwards, per tensor-parallel rank, computed
+        from the buckets as they pass."""
 
         def pushed() -> Iterator[WeightBucket]:
             for bucket in buckets:
                 self.do(partial(self.pool.push_bucket, bucket))
                 yield bucket
+            self.do(self.pool.await_pushed)
 
         if not with_checksums:
             for _ in pushed():

@@ -12,12 +12,12 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from megatron_fipo.rollout.engine import Engine, EngineAddress, EngineError, MemoryTag, NoEngineLeft
-from megatron_fipo.rollout.event_loop import run
+from megatron_fipo.rollout.event_loop import Background, run
 from megatron_fipo.rollout.failover import Ask, Spread, answer_all, together, watched
 from megatron_fipo.rollout.spread import spread_requests
 from megatron_fipo.run_config import EngineSettings
@@ -79,6 +79,7 @@ class EnginePool:
         self._last_failed = self._members[0]
         self.num_restarts_in_all = 0  # of any engine; never counts down
         self._updating = False
+        self._pushing: Background[Any] | None = None  # the bucket on its way
         self._max_retries = max_retries
         self._max_restarts = max_restarts
         self._interval_s = health_check_interval_s
@@ -198,12 +199,25 @@ class EnginePool:
             member.num_restarts = 0
 
     def push_bucket(self, bucket: WeightBucket) -> None:
-        """Copy a bucket's tensors into every engine. EngineError when none is left: that ends the update."""
-        self._in_update(lambda engine: engine.apush_bucket(bucket))
+        """Begin to copy a bucket's tensors into every engine, once the one before it is there (`await_pushed`)."""
+        self.await_pushed()
+        assert self._updating, "no weight update has begun"
+        members = self._in_state("up", "starting")
+        self._pushing = Background(self._each(members, lambda engine: engine.apush_bucket(bucket)))
+
+    def await_pushed(self) -> None:
+        """Return once the last bucket is in every engine. EngineError when none is left: that ends the update."""
+        if self._pushing is not None:
+            self._pushing.result()
+            self._pushing = None
+            self._require_one_in_update()
 
     def end_weight_update(self, version: int) -> None:
         """Close the update: all engines serve as `version`. EngineError when none is left: that ends the update too."""
-        self._in_update(lambda engine: engine.aend_weight_update(version))
+        self.await_pushed()
+        assert self._updating, "no weight update has begun"
+        run(self._each(self._in_state("up", "starting"), lambda engine: engine.aend_weight_update(version)))
+        self._require_one_in_update()
         self._updating = False
         self.weight_version = version
         for member in self._in_state("up", "starting"):
@@ -243,9 +257,9 @@ class EnginePool:
                 await engine.aresume_memory(lacking)
                 member.released -= frozenset(lacking)
 
+        self.await_pushed()
         run(self._each(self._in_state("up", "starting"), resume))
-        if self._updating and not self.num_alive:
-            self._end_update_without_engines()
+        self._require_one_in_update()
         self._require_one("resuming memory")
 
     def restart_failed(self) -> list[str]:
@@ -280,6 +294,8 @@ class EnginePool:
         self._require_one("checking that they live")
 
     def shutdown(self) -> None:
+        if self._pushing is not None:
+            self._pushing.cancel()
         with ExitStack() as shutdowns:  # calls all of them, and raises what one raised afterwards
             for engine in self.engines:
                 shutdowns.callback(engine.shutdown)
@@ -356,16 +372,11 @@ class EnginePool:
             raise self._none_left("trying to revive them")
         assert self.weight_version == version, f"revived with weight version {self.weight_version}, not {version}"
 
-    def _in_update(self, call: Callable[[Engine], Coroutine[Any, Any, None]]) -> None:
-        assert self._updating, "no weight update has begun"
-        run(self._each(self._in_state("up", "starting"), call))
-        if not self.num_alive:
-            self._end_update_without_engines()
-
-    def _end_update_without_engines(self) -> NoReturn:
-        self._updating = False
-        self._require_one("a weight update")
-        raise EngineError(f"every engine failed in a weight update\n{self._reasons()}")
+    def _require_one_in_update(self) -> None:
+        if self._updating and not self.num_alive:
+            self._updating = False
+            self._require_one("a weight update")
+            raise EngineError(f"every engine failed in a weight update\n{self._reasons()}")
 
     async def _each(
         self, members: Sequence[_Member], call: Callable[[Engine], Coroutine[Any, Any, T]], *, watch: bool = True

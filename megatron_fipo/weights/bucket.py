@@ -113,16 +113,21 @@ def received_bucket(header: str, flat: Tensor) -> WeightBucket:
 
 
 def make_buckets(
-    tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int, buffers: BucketBuffers | None = None
+    tensors: Iterable[tuple[str, Tensor]],
+    bucket_bytes: int,
+    buffers: BucketBuffers | None = None,
+    *,
+    largest_bytes: int = 0,
 ) -> Iterator[WeightBucket]:
     """Cut a stream of (name, tensor) into buckets of at most `bucket_bytes`, each holding whole tensors in order; a
     larger tensor gets a bucket of its own. Tensors are read when their bucket is made, one bucket at a time. With
-    `buffers`, buckets have `bucket_bytes` of memory from there.
+    `buffers`, buckets no larger than `bucket_bytes` and `largest_bytes` have their memory from there.
 
     Raises ValueError on a repeated name, on an empty tensor and on tensors of one bucket on different devices.
     """
     if bucket_bytes < 1:
         raise ValueError(f"bucket_bytes is {bucket_bytes}, but must be at least 1")
+    capacity_bytes = 0 if buffers is None else max(bucket_bytes, aligned_bytes(largest_bytes))
     seen: set[str] = set()
     pending: list[tuple[str, Tensor]] = []
     pending_bytes = 0
@@ -134,16 +139,16 @@ def make_buckets(
         seen.add(name)
         size = aligned_bytes(tensor.nbytes)
         if pending and pending_bytes + size > bucket_bytes:
-            yield _fill_bucket(pending, bucket_bytes, buffers)
+            yield _fill_bucket(pending, capacity_bytes, buffers)
             pending, pending_bytes = [], 0
         pending.append((name, tensor))
         pending_bytes += size
     if pending:
-        yield _fill_bucket(pending, bucket_bytes, buffers)
+        yield _fill_bucket(pending, capacity_bytes, buffers)
 
 
 class BucketWriter:
-    """A new bucket that is filled in place: `view(i)` is where the i-th tensor is written; then `written(i)`, in order.
+    """A new bucket that is filled in place, tensor by tensor in order: `write` what the next one is made of.
 
     `tensors` are (name, shape, dtype). A bucket of up to `capacity_bytes` may use memory of `buffers` again.
     """
@@ -167,18 +172,24 @@ class BucketWriter:
         self._running = RunningChecksum(self._flat)
         self._num_written = 0
 
-    def view(self, index: int) -> Tensor:
-        entry = self._entries[index]
-        return self._flat[entry.start : entry.end].view(entry.dtype).view(entry.shape)
-
-    def written(self, index: int) -> None:
-        """The tensor is there, and may not change any more."""
-        assert index == self._num_written, (index, self._num_written)
+    def write(self, parts: Sequence[Tensor], dim: int = 0) -> None:
+        """The next tensor: `parts` one after another along `dim`. Along dimension 0 only the elements' order counts."""
+        entry = self._entries[self._num_written]
         self._num_written += 1
-        end = self._entries[index].end
-        if end % _ALIGNMENT_BYTES:
-            self._flat[end : aligned_bytes(end)].zero_()
-        self._running.advance(end)
+        if dim == 0:
+            start = entry.start
+            for part in parts:
+                self._running.copy(part, start)
+                start += part.nbytes
+            assert start == entry.end, f"{entry.name} was written up to {start} of {entry}"
+        else:
+            view = self._flat[entry.start : entry.end].view(entry.dtype).view(entry.shape)
+            for part, place in zip(parts, view.split([part.size(dim) for part in parts], dim), strict=True):
+                place.copy_(part)
+        aligned = aligned_bytes(entry.end)
+        if aligned > entry.end:
+            self._flat[entry.end : aligned].zero_()
+        self._running.advance(aligned)
 
     def finish(self) -> WeightBucket:
         assert self._num_written == len(self._entries), (self._num_written, len(self._entries))
@@ -190,17 +201,15 @@ def aligned_bytes(size_bytes: int) -> int:
     return math.ceil(size_bytes / _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
 
-def _fill_bucket(tensors: list[tuple[str, Tensor]], bucket_bytes: int, buffers: BucketBuffers | None) -> WeightBucket:
+def _fill_bucket(tensors: list[tuple[str, Tensor]], capacity_bytes: int, buffers: BucketBuffers | None) -> WeightBucket:
     device = tensors[0][1].device
     for name, tensor in tensors:
         if tensor.device != device:
             raise ValueError(f"the weight {name} is on {tensor.device}, others of its bucket on {device}")
     wanted = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors]
-    capacity_bytes = 0 if buffers is None else bucket_bytes
     writer = BucketWriter(wanted, device, buffers or BucketBuffers(), capacity_bytes=capacity_bytes)
-    for index, (_, tensor) in enumerate(tensors):
-        writer.view(index).copy_(tensor.detach())
-        writer.written(index)
+    for _, tensor in tensors:
+        writer.write([tensor.detach()])
     return writer.finish()
 
 

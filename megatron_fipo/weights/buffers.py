@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import torch.multiprocessing
 from torch import Tensor
 
 _MOST_FREE = 2  # as many as an export has in flight
+_STRATEGY_LOCK = threading.Lock()  # torch's sharing strategy is the process's
 
 
 class BucketBuffers:
@@ -48,12 +50,13 @@ def shared_by_file_name() -> Iterator[None]:
     """torch's file_system sharing: a handle is a name, which a process outside the trainer's family can open. torch
     removes the file when its last user lets go. A handle that was never opened, or a user that was killed, counts as
     one: then it is removed when all processes that had it are gone, the trainer among them."""
-    before = torch.multiprocessing.get_sharing_strategy()
-    torch.multiprocessing.set_sharing_strategy("file_system")
-    try:
-        yield
-    finally:
-        torch.multiprocessing.set_sharing_strategy(before)
+    with _STRATEGY_LOCK:
+        before = torch.multiprocessing.get_sharing_strategy()
+        torch.multiprocessing.set_sharing_strategy("file_system")
+        try:
+            yield
+        finally:
+            torch.multiprocessing.set_sharing_strategy(before)
 
 
 def _shared_memory(size_bytes: int) -> Tensor:

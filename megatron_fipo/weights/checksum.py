@@ -1,67 +1,148 @@
-"""A checksum of a buffer that costs about as much as reading it once, the same on the CPU and on a GPU.
+"""A checksum of a buffer that costs little beside copying it, the same on the CPU and on a GPU.
 
-The buffer is seen as rows of 8192 64-bit words. What is hashed is the sum of every row and of every column, modulo
+The buffer is seen as rows of 1024 64-bit words. What is hashed is the sum of every row and of every column, modulo
 2**64. Whatever changes one word, or any number of words of one row or of one column, or swaps two words, changes a sum;
 what goes unseen is a rectangle of four changes that cancel both ways. It finds damage, not forgery.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-ROW_WORDS = 8192  # a row and the column sums, 64 KiB each, stay in a core's cache
+ROW_WORDS = 1024  # a row and the column sums, 8 KiB each, stay in a core's first cache
 _WORD_BYTES = 8
-_ROWS_AT_ONCE = {"cpu": 16, "cuda": 1024}  # the CPU reads a block twice, the second time out of its cache
+_AT_ONCE_BYTES = 256 << 10  # still in a core's cache when it is read again
+_LEAST_COMPILED_BYTES = 1 << 20  # a process that sees nothing larger need not wait for a compiler
 
 
 def checksum(flat: Tensor, label: bytes) -> int:
     """The checksum, 0 <= it < 2**63, of `flat` [a multiple of 8] uint8 together with `label`, what the bytes are."""
-    running = RunningChecksum(flat)
-    return running.finish(label)
+    return RunningChecksum(flat).finish(label)
 
 
 class RunningChecksum:
-    """`checksum`, made along the way: each byte of `flat` is read soon after it was written, or before it is used."""
+    """`checksum`, made along the way: each byte of `flat` is read while it is written, soon after, or shortly before it
+    is used. Of a small buffer, and on a GPU, all are read at the end."""
 
     def __init__(self, flat: Tensor) -> None:
         assert flat.dtype == torch.uint8, flat.dtype
         assert flat.numel() % _WORD_BYTES == 0, flat.shape
         self._words = flat.view(torch.int64)
         self._num_seen = 0  # words
-        self._block_words = _ROWS_AT_ONCE.get(flat.device.type, 16) * ROW_WORDS
+        self._rows = torch.zeros(-(-self._words.numel() // ROW_WORDS), dtype=torch.int64, device=flat.device)
         self._columns = torch.zeros(ROW_WORDS, dtype=torch.int64, device=flat.device)
-        self._rows: list[Tensor] = []
+        self._is_compiled = flat.device.type == "cpu" and flat.numel() >= _LEAST_COMPILED_BYTES
 
-    def advance(self, end: int) -> None:
-        """Take in the blocks that lie wholly before byte `end`; the bytes there do not change any more."""
-        end = min(end // _WORD_BYTES, self._words.numel())
-        while self._num_seen + self._block_words <= end:
-            self._add(self._words[self._num_seen : self._num_seen + self._block_words].view(-1, ROW_WORDS))
-            self._num_seen += self._block_words
+    def advance(self, end: int, *, lag: int = _AT_ONCE_BYTES) -> None:
+        """The bytes before `end` do not change any more: take them in, unless they are fewer than `lag`."""
+        if self._is_compiled and end - self._num_seen * _WORD_BYTES >= lag:
+            self._take(end // _WORD_BYTES)
 
     def advance_past(self, end: int) -> None:
-        """Take in at least everything before byte `end`, unless that is in the last, incomplete block."""
-        self.advance(end + self._block_words * _WORD_BYTES - 1)
+        """Take in at least what lies before byte `end`."""
+        if end > self._num_seen * _WORD_BYTES:
+            self.advance(min(end + _AT_ONCE_BYTES, self._words.numel() * _WORD_BYTES), lag=1)
+
+    def copy(self, source: Tensor, start: int) -> None:
+        """Copy `source` to the bytes from `start`; those before it do not change any more."""
+        size = source.nbytes
+        if self._is_compiled and size >= _AT_ONCE_BYTES and start % _WORD_BYTES == 0 and _is_words(source):
+            self.advance(start, lag=1)
+            self._take((start + size) // _WORD_BYTES, source)
+        else:
+            target = self._words.view(torch.uint8)[start : start + size]
+            target.view(source.dtype).view(source.shape).copy_(source)
 
     def finish(self, label: bytes) -> int:
         """Take in the rest."""
-        self.advance(self._words.numel() * _WORD_BYTES)
-        rest = self._words[self._num_seen :]
-        whole = rest.numel() // ROW_WORDS * ROW_WORDS
-        if whole:
-            self._add(rest[:whole].view(-1, ROW_WORDS))
-        if whole < rest.numel():
-            self._add(torch.nn.functional.pad(rest[whole:], (0, ROW_WORDS - (rest.numel() - whole)))[None])
+        if self._is_compiled:
+            self.advance(self._words.numel() * _WORD_BYTES, lag=1)
+        else:
+            _add_whole(self._words, self._rows, self._columns)
         digest = hashlib.blake2b(digest_size=_WORD_BYTES)
         digest.update(f"{self._words.numel()} {len(label)} ".encode() + label)
-        for sums in (self._columns, *([torch.cat(self._rows)] if self._rows else [])):
+        for sums in (self._columns, self._rows):
             digest.update(sums.cpu().numpy().data)
         return int.from_bytes(digest.digest(), "big") >> 1
 
-    def _add(self, block: Tensor) -> None:
-        """`block` [rows, ROW_WORDS] int64; sums wrap around."""
-        self._rows.append(block.sum(1))
-        self._columns += block.sum(0)
+    def _take(self, end: int, source: Tensor | None = None) -> None:
+        """Add the words before the `end`-th to their sums, after copying them from `source` if there is one."""
+        words, rows, columns = (tensor.numpy() for tensor in (self._words, self._rows, self._columns))
+        add, copy_and_add = _compiled()
+        if source is None:
+            add(words, self._num_seen, end, rows, columns)
+        else:
+            copy_and_add(_as_words(source).numpy(), words, self._num_seen, end, rows, columns)
+        self._num_seen = end
+
+
+def _is_words(tensor: Tensor) -> bool:
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return False
+    return tensor.nbytes % _WORD_BYTES == 0 and tensor.data_ptr() % _WORD_BYTES == 0
+
+
+def _as_words(tensor: Tensor) -> Tensor:
+    return tensor.detach().view(-1).view(torch.int64)
+
+
+def _add_whole(words: Tensor, rows: Tensor, columns: Tensor) -> None:
+    """Add `words` [n] to the sums of their rows [ceil(n / ROW_WORDS)] and columns [ROW_WORDS]; all int64."""
+    whole = words.numel() // ROW_WORDS
+    block = words[: whole * ROW_WORDS].view(whole, ROW_WORDS)
+    rest = words[whole * ROW_WORDS :]
+    rows[:whole] += block.sum(1)
+    columns += block.sum(0)
+    if rest.numel():
+        rows[whole] += rest.sum()
+        columns[: rest.numel()] += rest
+
+
+@functools.cache
+def _compiled() -> tuple[Callable[..., None], Callable[..., None]]:
+    """The loops below as machine code, compiled once per process on first use (numba, half a second)."""
+    from numba import njit
+
+    add: Callable[..., None] = njit("(i8[::1], i8, i8, i8[::1], i8[::1])", nogil=True)(_add)
+    copy_and_add: Callable[..., None] = njit("(i8[::1], i8[::1], i8, i8, i8[::1], i8[::1])", nogil=True)(_copy_and_add)
+    return add, copy_and_add
+
+
+def _add(words: Any, start: int, end: int, rows: Any, columns: Any) -> None:
+    """As `_add_whole`, of the words from `start` to `end`; numpy, int64."""
+    at = start
+    while at < end:
+        row, column = at // ROW_WORDS, at % ROW_WORDS
+        part = words[at : min(at - column + ROW_WORDS, end)]
+        sums = columns[column : column + part.size]
+        total = 0
+        for i in range(part.size):
+            word = part[i]
+            sums[i] += word
+            total += word
+        rows[row] += total
+        at += part.size
+
+
+def _copy_and_add(source: Any, words: Any, start: int, end: int, rows: Any, columns: Any) -> None:
+    """As `_add`, of words that are copied from `source` [end - start]."""
+    at = start
+    while at < end:
+        row, column = at // ROW_WORDS, at % ROW_WORDS
+        target = words[at : min(at - column + ROW_WORDS, end)]
+        part = source[at - start : at - start + target.size]
+        sums = columns[column : column + part.size]
+        total = 0
+        for i in range(part.size):
+            word = part[i]
+            target[i] = word
+            sums[i] += word
+            total += word
+        rows[row] += total
+        at += part.size

@@ -229,26 +229,32 @@ def hf_shapes_of(
     return list(zip(names, shapes, strict=True))
 
 
-def write_hf(name: str, arch: Architecture, shards: Sequence[Tensor], index: int, out: Tensor) -> None:
-    """Write the `index`-th of the Hugging Face tensors in the Megatron parameter `name` to `out`, of its shape."""
+def hf_parts(name: str, arch: Architecture, shards: Sequence[Tensor], index: int) -> tuple[list[Tensor], int]:
+    """(parts, dim): what the `index`-th of the Hugging Face tensors in the Megatron parameter `name` is made of, views
+    of the shards that follow one another along `dim`. Parts along dimension 0 may have it cut in two."""
     partition = partition_of(name)
     assert len({tuple(shard.shape) for shard in shards}) == 1, f"{name}: {[tuple(s.shape) for s in shards]}"
     if partition == "replicated":
-        out.copy_(shards[0])
-        return
-    out = out.unflatten(0, (arch.num_query_groups, -1)) if partition == "qkv" else out
-    dim, start = 1 if partition == "row" else 0, 0
-    for shard in shards:
-        part = shard
-        if partition == "gate_up":
-            part = shard.chunk(2)[index]
-        elif partition == "qkv":
-            part = shard.unflatten(0, (-1, sum(_qkv_widths(arch)))).split(_qkv_widths(arch), dim=1)[index]
-        elif partition == "vocab":
-            part = shard[: max(arch.vocab_size - start, 0)]
-        out.narrow(dim, start, part.size(dim)).copy_(part)
-        start += part.size(dim)
-    assert start == out.size(dim), f"{name}: {start} of {out.size(dim)} along dimension {dim}"
+        return [shards[0]], 0
+    if partition == "row":
+        return list(shards), 0 if len(shards) == 1 else 1
+    if partition == "gate_up":
+        return [shard.chunk(2)[index] for shard in shards], 0
+    if partition == "vocab":
+        starts = range(0, arch.vocab_size, shards[0].size(0))  # a shard after the last token is padding alone
+        return [shard[: arch.vocab_size - start] for start, shard in zip(starts, shards)], 0
+    widths = _qkv_widths(arch)
+    return [shard.unflatten(0, (-1, sum(widths))).split(widths, dim=1)[index] for shard in shards], 0
+
+
+def write_hf(name: str, arch: Architecture, shards: Sequence[Tensor], index: int, out: Tensor) -> None:
+    """Write the `index`-th of the Hugging Face tensors in the Megatron parameter `name` to `out`, contiguous and of its
+    shape."""
+    parts, dim = hf_parts(name, arch, shards, index)
+    whole = out if dim else out.view(-1)
+    sizes = [part.size(dim) if dim else part.numel() for part in parts]
+    for part, place in zip(parts, whole.split(sizes, dim=dim), strict=True):
+        place.view(part.shape).copy_(part) if dim == 0 else place.copy_(part)
 
 
 def checked_stream(arch: Architecture, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -115,8 +115,7 @@ def test_memory_is_written_again_only_when_nothing_refers_to_it() -> None:
 
     def bucket(value: float) -> WeightBucket:
         writer = BucketWriter([("w", (50,), torch.float32)], cpu, buffers, capacity_bytes=1024)
-        writer.view(0).fill_(value)
-        writer.written(0)
+        writer.write([torch.full((50,), value)])
         return writer.finish()
 
     first = bucket(1.0)
@@ -136,8 +135,7 @@ def test_memory_is_written_again_only_when_nothing_refers_to_it() -> None:
 
 def test_a_handle_opens_the_window_of_a_larger_buffer() -> None:
     writer = BucketWriter([("w", (3,), torch.float32)], torch.device("cpu"), BucketBuffers(), capacity_bytes=1 << 16)
-    writer.view(0).copy_(torch.tensor([1.0, 2.0, 4.0]))
-    writer.written(0)
+    writer.write([torch.tensor([1.0, 2.0, 4.0])])
     bucket = writer.finish()
     answer = subprocess.run(
         [sys.executable, "-c", RECEIVER], input=bucket.handle(), capture_output=True, text=True, check=True

@@ -40,6 +40,14 @@ LAYOUTS: dict[str, tuple[int, str, dict[str, Any], list[int]]] = {  # ranks, mod
 }
 
 
+def test_a_small_model_is_cut_into_enough_buckets_to_overlap() -> None:
+    mib = 1 << 20
+    assert weight_stream.bucket_size(100 << 30, 256 * mib) == 256 * mib
+    assert weight_stream.bucket_size(256 * mib, 256 * mib) == 32 * mib
+    assert weight_stream.bucket_size(8 * mib, 256 * mib) == 16 * mib
+    assert weight_stream.bucket_size(256 * mib, mib) == mib, "never more than was asked for"
+
+
 def stream(directory: str, layouts: dict[str, tuple[int, str, dict[str, Any], list[int]]]) -> dict[str, dict[str, Any]]:
     """In each layout: what arrives here in small buckets, in large ones, and one tensor at a time."""
     from megatron.core import parallel_state

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+import time
+
 import pytest
 from fake_engines import BUCKET, FakeEngine, address_of, assert_answered, make_pool, requests_for, update
 
 from megatron_fipo.rollout.engine import EngineError, NoEngineLeft
 from megatron_fipo.rollout.pool import EnginePool
+from megatron_fipo.weights.bucket import WeightBucket
 
 
 def test_an_engine_started_again_serves_after_the_next_update_and_not_before() -> None:
@@ -214,6 +219,52 @@ def test_engines_that_all_fail_to_resume_memory_end_the_update() -> None:
     assert pool.restart_failed() == ["e0"], "the update is over"
     update(pool, 1)
     assert_answered(pool.generate(requests_for(2)), requests_for(2), 1)
+
+
+def test_a_bucket_is_packed_while_the_one_before_is_loaded() -> None:
+    """`push_bucket` returns while the engine loads, and the next call waits for it."""
+    loading, loaded = threading.Event(), threading.Event()
+
+    class Slow(FakeEngine):
+        async def apush_bucket(self, bucket: WeightBucket) -> None:
+            loading.set()
+            await asyncio.to_thread(loaded.wait)
+            await super().apush_bucket(bucket)
+
+    engine = Slow("e0")
+    pool, _ = make_pool(engine, health_check_interval_s=60)
+    pool.begin_weight_update()
+    pool.push_bucket(BUCKET)
+    assert loading.wait(10)
+    assert engine.calls == ["begin"]
+    threading.Timer(0.1, loaded.set).start()
+    pool.push_bucket(BUCKET)
+    assert engine.calls[:2] == ["begin", "push"]
+    pool.end_weight_update(1)
+    assert engine.calls == ["begin", "push", "push", "end"]
+
+
+@pytest.mark.parametrize("ending", ["await_pushed", "push_bucket", "end_weight_update"])
+def test_what_became_of_a_bucket_is_told_by_what_follows_it(ending: str) -> None:
+    pool, _ = make_pool(FakeEngine("e0", faults=[("push", "ended")]))
+    pool.begin_weight_update()
+    pool.push_bucket(BUCKET)
+    with pytest.raises(EngineError, match="every engine failed in a weight update\n    engine e0 ended"):
+        getattr(pool, ending)(*{"push_bucket": [BUCKET], "end_weight_update": [1]}.get(ending, []))
+    assert pool.restart_failed() == ["e0"], "the update is over"
+
+
+def test_leaving_the_pool_breaks_off_a_push() -> None:
+    engine = FakeEngine("e0", faults=[("push", "hang")])
+    pool, said = make_pool(engine, health_check_interval_s=60)
+    pool.begin_weight_update()
+    pool.push_bucket(BUCKET)
+    while not engine.hangs:
+        time.sleep(0.001)
+    with pytest.raises(KeyboardInterrupt), pool:
+        raise KeyboardInterrupt
+    assert (engine.calls, engine.cancelled) == (["begin", "push", "shutdown"], 1)
+    assert said == [], "an engine that was not waited for has not failed"
 
 
 def test_an_engine_that_fails_to_start_again_is_final_only_after_its_last_restart() -> None:

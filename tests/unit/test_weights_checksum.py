@@ -11,9 +11,9 @@ from torch import Tensor
 
 from megatron_fipo.rollout.weight_loader import load_bucket
 from megatron_fipo.weights.bucket import WeightBucket, make_buckets, received_bucket
-from megatron_fipo.weights.checksum import ROW_WORDS, RunningChecksum, checksum
+from megatron_fipo.weights.checksum import ROW_WORDS, RunningChecksum, _add_whole, checksum
 
-SIZES = [8, 64, 8 * ROW_WORDS, 8 * ROW_WORDS + 8, 17 * 8 * ROW_WORDS, 40 * 8 * ROW_WORDS + 4096]
+SIZES = [8, 64, 8 * ROW_WORDS, 8 * ROW_WORDS + 8, 17 * 8 * ROW_WORDS, 150 * 8 * ROW_WORDS + 4096]
 
 
 def noise(size: int, seed: int = 0) -> Tensor:
@@ -37,8 +37,42 @@ def test_the_sums_are_those_of_the_definition() -> None:
     running = RunningChecksum(flat)
     running.finish(b"")
     rows, columns = reference(flat)
-    assert [int(row) % (1 << 64) for row in torch.cat(running._rows)] == rows
+    assert [int(row) % (1 << 64) for row in running._rows] == rows
     assert [int(column) % (1 << 64) for column in running._columns] == columns
+
+
+def test_the_compiled_sums_are_those_of_the_tensor_operations_which_a_gpu_makes() -> None:
+    for size in SIZES:
+        words = noise(size).view(torch.int64)
+        rows, columns = torch.zeros(-(-words.numel() // ROW_WORDS), dtype=torch.int64), torch.zeros(ROW_WORDS).long()
+        _add_whole(words, rows, columns)
+        running = RunningChecksum(words.view(torch.uint8))
+        running.finish(b"")
+        assert torch.equal(running._rows, rows)
+        assert torch.equal(running._columns, columns)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        pytest.param(lambda noise: noise, id="whole words"),
+        pytest.param(lambda noise: noise.view(torch.bfloat16).view(-1, 64).T, id="transposed"),
+        pytest.param(lambda noise: noise[:-2].view(torch.bfloat16), id="not whole words"),
+        pytest.param(lambda noise: noise[2:-6].view(torch.bfloat16), id="not from a word on"),
+        pytest.param(lambda noise: noise[:800].view(torch.bfloat16), id="small"),
+    ],
+)
+@pytest.mark.parametrize("start", [0, 64, 8 * ROW_WORDS + 192, 4])
+def test_copying_gives_the_bytes_and_their_checksum(source: Callable[[Tensor], Tensor], start: int) -> None:
+    tensor = source(noise((1 << 19) + 128))
+    flat = noise(1 << 20, seed=1)
+    expected = flat.clone()
+    expected[start : start + tensor.nbytes] = tensor.reshape(-1).view(torch.uint8)
+    running = RunningChecksum(flat)
+    running.copy(tensor, start)
+    found = running.finish(b"label")
+    assert torch.equal(flat, expected)
+    assert found == checksum(expected, b"label")
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -49,7 +83,7 @@ def test_it_does_not_depend_on_the_steps_it_was_made_in(size: int) -> None:
         for advance in (RunningChecksum.advance, RunningChecksum.advance_past):
             running = RunningChecksum(flat)
             for end in steps:
-                advance(running, end)
+                advance(running, end // 8 * 8)
             assert running.finish(b"label") == wanted
     assert 0 <= wanted < 1 << 63
 
