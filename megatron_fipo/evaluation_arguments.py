@@ -26,9 +26,9 @@ TAKEN = {
 """The program's own settings that an evaluation takes too; of `data` and `engine` all but these:"""
 LEFT_OUT = (
     *("data.prompt_data", "data.rollout_shuffle"),
-    # of taking turns with a trainer and being sent its weights, which bring failed engines back and FP8 ones to life
+    # of taking turns with a trainer and being sent its weights, which bring engines in FP8 to life
     *("engine.placement", "engine.weight_bucket_mb", "engine.check_weights_interval", "engine.fp8_weights"),
-    *("engine.offload_trainer", "engine.max_restarts"),
+    "engine.offload_trainer",
 )
 OTHER_WORDS = {
     "run.load": "directory of a run's checkpoints: evaluate the newest (default: --hf-checkpoint's own weights)",

@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,8 +118,11 @@ def evaluate_checkpoint(request: EvaluationRequest, ending: Callable[[], None]) 
             stack.callback(ending)
             print(f"starting {num_engines} engine{'s' * (num_engines > 1)}", file=sys.stderr, flush=True)
             pool.wait_ready()
+            pool.revive = partial(start_again, pool)  # when none is left
             with progress(file) as finished:
                 for block in left:
+                    if pool.failed:
+                        start_again(pool)
                     problems = answer_problems(
                         block.prompts,
                         pool.generate,
@@ -271,6 +275,16 @@ def open_engines(
             use_cpu=device.type == "cpu",
         )
         yield stack.enter_context(engines)
+
+
+def start_again(pool: EnginePool) -> None:
+    """Start failed engines again, as often as --rollout-max-restarts allows: they load from disk what all serve."""
+    pool.restart_failed()
+    pool.await_restarted()
+    for engine in pool.engines:
+        if engine.name not in pool.failed:
+            engine.weight_version = pool.weight_version
+    pool.adopt_update(pool.weight_version, pool.failed, {})
 
 
 @contextlib.contextmanager
