@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,13 @@ OLDER_FORMATS = {1: "which says of every token who drew it", 2: "which ends with
 def write_rollouts(directory: str, step: int, groups: Sequence[Group], metrics: Mapping[str, float]) -> Path:
     """Write the groups that a step trains on, and the metrics of how they came about; returns the file.
 
-    The file appears under its name only when it is complete, and replaces an older recording of the step. Raises
-    ValueError naming it when it cannot be written.
+    The file appears under its name only when it is complete, and replaces an older recording of the step. What a killed
+    process leaves unfinished is overwritten when the step is made again. Raises ValueError naming the file when it
+    cannot be written.
     """
     path = _path(directory, step)
     header = {"format": FORMAT, "step": step, "num_groups": len(groups), "metrics": dict(metrics)}
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    unfinished = path.with_name(f"{path.name}.tmp")
     digest = hashlib.sha256()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,8 +47,10 @@ def write_rollouts(directory: str, step: int, groups: Sequence[Group], metrics: 
             os.fsync(file.fileno())
         unfinished.replace(path)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise ValueError(f"--record-rollouts: {path} cannot be written: {error}") from error
+    finally:  # a signal may end it anywhere
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
     return path
 
 
