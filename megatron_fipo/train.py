@@ -85,6 +85,7 @@ def _checked_run(settings: Settings, signals: Signals, is_rank_zero: bool) -> in
             problems = stack.enter_context(open_problems(settings))
         stack.callback(signals.ending)  # comes first on the way out
         from megatron_fipo.actor.finite_weights import BrokenWeights
+        from megatron_fipo.hybrid.turns import AnotherRankFailed
         from megatron_fipo.rollout.engine import EngineError
         from megatron_fipo.run import run
         from megatron_fipo.trainer.agreement import EngineDisagrees
@@ -93,7 +94,7 @@ def _checked_run(settings: Settings, signals: Signals, is_rank_zero: bool) -> in
 
         try:
             is_finished = run(settings, checked, problems, signals)
-        except (EngineError, EngineDisagrees, GuardStopped, BrokenWeights) as error:
+        except (EngineError, EngineDisagrees, GuardStopped, BrokenWeights, AnotherRankFailed) as error:
             return _fail(error, RUN_FAILED, is_rank_zero)
         except RankZeroFailed:
             return RUN_FAILED  # rank 0 says why

@@ -110,17 +110,23 @@ def snapshot_of(actor: Actor, step: int, trainer_state: Mapping[str, Any] | None
             state = {"step": step, "model": model, "layout": layout, "trainer": trainer_state, "score": score}
             small_files[RUN_STATE] = json.dumps(state).encode()
 
-    agreed(take_small_files, control)
-    gather_parameters(actor.chunks)
-    _begin_optimizer_state(actor)
+    def begin() -> None:
+        take_small_files()
+        gather_parameters(actor.chunks)
+        _begin_optimizer_state(actor)
+
+    fresh: list[torch.Tensor] = []
+    states: list[dict[str, Any]] = []
     snapshots: list[Snapshot] = []
 
-    def take() -> None:
-        fresh: list[torch.Tensor] = []
-        state = {**_sharded_state(actor, fresh, is_loading=False), "content_metadata": _format(actor)}
-        snapshots.append(take_snapshot(state, fresh, small_files, control))
+    def describe() -> None:
+        state = _sharded_state(actor, fresh, is_loading=False)
+        states.append({**state, "content_metadata": _format(actor)})
 
-    agreed(take, control)
+    # one after the other: a rank that has no memory left must not leave the others waiting in what comes next
+    agreed(begin, control)
+    agreed(describe, control)
+    agreed(lambda: snapshots.append(take_snapshot(states[0], fresh, small_files, control)), control)
     return snapshots[0]
 
 

@@ -21,6 +21,11 @@ from megatron_fipo.types import Completion, GenerateRequest
 
 T = TypeVar("T")
 
+
+class AnotherRankFailed(RuntimeError):
+    """What the other ranks raise when one could not move its tensors; that one raises the real error."""
+
+
 _ALL_TAGS: tuple[MemoryTag, ...] = ("kv_cache", "weights")
 
 
@@ -156,7 +161,8 @@ class HybridEngine:
         generate again after it, under the version they had. Gradients stay away.
 
         Consumes: no request in flight. Waits for: the engines to give up their KV cache. Unblocked by: the end of a
-        step, or a signal. Produces: the state it found.
+        step, or a signal. Produces: the state it found; "failed" where what is done inside fails on this rank, which
+        then waits for no other.
         """
         assert self.state in ("training", "generating"), f"the hybrid engine is {self.state}: {self._reason}"
         if self._offloader is None or self.state == "training":
@@ -168,17 +174,13 @@ class HybridEngine:
                 self._node.do(lambda: pool.release_memory(("kv_cache",)))
             self._wait_for_everyone()
             self._enter("parameters", "optimizer")
-        try:
             yield
-        finally:
-            with self._failing():
-                self._leave("optimizer", "parameters")
-                self._wait_for_everyone()
-                if self._node is not None:
-                    self._node.do(lambda: pool.resume_memory(("kv_cache",)))
-                    failure = self._node.clear()
-                    if failure is not None:
-                        self._say(f"warning: {str(failure).splitlines()[0]}")
+            self._leave("optimizer", "parameters")
+            if self._node is not None:
+                self._node.do(lambda: pool.resume_memory(("kv_cache",)))
+                failure = self._node.clear()
+                if failure is not None:
+                    self._say(f"warning: {str(failure).splitlines()[0]}")
 
     def memory(self) -> dict[str, float]:
         """GiB held by this rank's side and its node's engines at the beginning of the last turn of either kind, as
@@ -222,7 +224,6 @@ class HybridEngine:
         else:
             expected = node.push(buckets, self._actor.arch, with_checksums=self._is_check_due(node))
         self._leave("parameters")
-        self._wait_for_everyone()
         if node is not None:
             if self._takes_turns:
                 node.do(lambda: node.pool.resume_memory(("kv_cache",)))
@@ -246,7 +247,6 @@ class HybridEngine:
             started = node.do(node.pool.restart_failed)
         while self._offloader is not None and any(self._everyones(bool(started))):
             self._leave("parameters")
-            self._wait_for_everyone()
             started = None
             if node is not None:
                 node.do(node.pool.await_restarted)
@@ -271,17 +271,37 @@ class HybridEngine:
         return len(self._receivers) > 1
 
     def _leave(self, *parts: Part) -> None:
-        if self._offloader is not None:
-            self._offloader.leave(*parts)
+        """Return once these parts have left on every rank: what an engine then takes lies on several ranks' devices."""
+        offloader = self._offloader
+        if offloader is not None:
+            self._together(lambda: offloader.leave(*parts))
 
     def _enter(self, *parts: Part) -> None:
-        if self._offloader is not None:
-            self._offloader.enter(*parts)
+        """Return once these parts are back on every rank."""
+        offloader = self._offloader
+        if offloader is not None:
+            self._together(lambda: offloader.enter(*parts))
 
     def _wait_for_everyone(self) -> None:
-        """Where memory changes hands: an engine lies on the devices of several ranks."""
+        """Return once the engines of every rank have done what they were asked."""
         if self._offloader is not None and self._actor.layout.world_size > 1:
             dist.barrier(group=self._actor.groups.control)
+
+    def _together(self, move: Callable[[], object]) -> None:
+        """Make this rank's part of a move and wait for all others'. What one rank has no memory for is raised there,
+        and as AnotherRankFailed everywhere else: nobody goes on into a collective that this rank will never enter."""
+        error: Exception | None = None
+        try:
+            move()
+        except Exception as raised:
+            error = raised
+        told = None if error is None else f"{type(error).__name__}: {error}"
+        everyones = self._everyones(told)
+        if error is not None:
+            raise error
+        failures = [f"rank {rank} failed: {reason}" for rank, reason in enumerate(everyones) if reason is not None]
+        if failures:
+            raise AnotherRankFailed("; ".join(failures))
 
     def _everyones(self, mine: T, *, only_if: bool = True) -> list[T]:
         """Every rank's value, on every rank; just this rank's where it is alone or not `only_if`."""
