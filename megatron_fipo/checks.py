@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,10 +107,37 @@ def choose_device(wanted: str) -> torch.device:
     has_cuda = torch.cuda.is_available()
     require(wanted != "cuda" or has_cuda, "--device", wanted, "cpu or auto: no CUDA device is visible")
     if has_cuda and wanted != "cpu":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))))
+        device = torch.device("cuda", _own_device(os.environ, torch.cuda.device_count()))
         torch.cuda.set_device(device)
         return device
     return torch.device("cpu")
+
+
+def _own_device(environment: Mapping[str, str], num_visible: int) -> int:
+    """The number of this rank's GPU among those that it sees, which must be all of its node's: the first rank starts
+    the node's engines on them and hands them weights that lie on its own."""
+    name = "LOCAL_RANK" if "LOCAL_RANK" in environment else "SLURM_LOCALID"
+    own = int(environment.get(name, "0"))
+    num_ranks = max(own + 1, _num_ranks_here(environment))
+    if num_ranks > num_visible:
+        shown = environment.get("CUDA_VISIBLE_DEVICES")
+        visible = "is not set" if shown is None else f"is {shown!r}"
+        raise ValueError(
+            f"the variable {name} is {own}, of at least {num_ranks} ranks on this node, but CUDA_VISIBLE_DEVICES "
+            f"{visible}, and shows this rank {num_visible} GPU{'s' * (num_visible > 1)}: every rank must see a GPU for "
+            "each rank of its node (with srun --gpus-per-node, not --gpus-per-task or --gpu-bind)"
+        )
+    return own
+
+
+def _num_ranks_here(environment: Mapping[str, str]) -> int:
+    """The ranks of this node, by torchrun or srun; 1 where neither says."""
+    if "LOCAL_RANK" in environment:
+        return int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    runs = re.findall(r"(\d+)(?:\(x(\d+)\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))  # as in "8(x3),4"
+    counts = [int(count) for count, times in runs for _ in range(int(times or 1))]
+    node = int(environment.get("SLURM_NODEID", "0"))
+    return counts[node] if node < len(counts) else 1
 
 
 def choose_transformer_impl(settings: Settings, device: torch.device) -> str:

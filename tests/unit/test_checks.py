@@ -93,6 +93,7 @@ def test_a_machine_without_cuda_trains_on_its_cpu(checkpoint: Path, monkeypatch:
 def test_a_machine_with_cuda_uses_the_ranks_own_device(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert choose_device(parse(checkpoint).megatron.device) == torch.device("cuda", 3)
