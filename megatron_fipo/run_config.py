@@ -139,7 +139,9 @@ class EngineSettings:
     )
     weight_bucket_mb: int = setting(256, "MiB of weights sent to the engines at once")
     check_weights_interval: int = setting(
-        0, "weight updates between comparisons of all that an engine holds (0: the first, and after a restart)"
+        0,
+        "weight updates between comparisons of all that an engine holds with what it was sent (0: only the first, and "
+        "after an engine was started again; -1: never, for engines that rearrange parameters after loading)",
     )
     fp8_weights: bool = setting(False, "engines hold block-quantised FP8 weights", flag="--rollout-fp8")
     offload_trainer: bool = setting(
@@ -170,7 +172,10 @@ class EngineSettings:
         )
         require(self.weight_bucket_mb >= 1, "--weight-bucket-mb", self.weight_bucket_mb, ">= 1 MiB")
         require(
-            self.check_weights_interval >= 0, "--check-weights-interval", self.check_weights_interval, ">= 0 updates"
+            self.check_weights_interval >= -1,
+            "--check-weights-interval",
+            self.check_weights_interval,
+            ">= 0 updates, or -1 for never",
         )
         for name in ("start_timeout_s", "request_timeout_s", "health_check_interval_s"):
             value = getattr(self, name)

@@ -59,9 +59,9 @@ class HybridEngine:
 
         `offload_trainer` moves the actor's tensors to main memory while colocated engines generate. Weights are
         compared with what was sent in the first sync, after an engine was started again, and, where
-        `check_weights_interval` is not 0, in every such sync. `tp_size`, `ep_size`, `fp8`: of engines. `call_everyone`,
-        called on rank 0 inside `generate` when no engine is left, must have all ranks call `resync` and return after
-        it; a single rank needs none.
+        `check_weights_interval` is positive, in every such sync; never where it is -1. `tp_size`, `ep_size`, `fp8`: of
+        engines. `call_everyone`, called on rank 0 inside `generate` when no engine is left, must have all ranks call
+        `resync` and return after it; a single rank needs none.
 
         Raises ValueError where the actor's memory cannot leave the device.
         """
@@ -255,7 +255,7 @@ class HybridEngine:
 
     def _is_check_due(self, node: NodeEngines) -> bool:
         interval = self._check_interval
-        return node.holds_unchecked or (interval > 0 and self._num_syncs % interval == 0)
+        return interval >= 0 and (node.holds_unchecked or (interval > 0 and self._num_syncs % interval == 0))
 
     def _revive(self) -> None:
         """What the pool calls inside `generate` when no engine is left."""

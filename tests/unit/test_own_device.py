@@ -59,7 +59,7 @@ def test_a_rank_takes_the_device_of_its_place_on_the_node(
         ),
         (  # the first rank too, which is the one that says it
             {"SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_NODEID": "1"},
-            "the variable SLURM_LOCALID is 0, of at least 8 ranks on this node, but CUDA_VISIBLE_DEVICES is not set, and",
+            "the variable SLURM_LOCALID is 0, of at least 8 ranks on this node, but CUDA_VISIBLE_DEVICES is not set",
         ),
         (
             {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "8", "CUDA_VISIBLE_DEVICES": "0"},

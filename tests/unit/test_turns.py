@@ -297,7 +297,9 @@ def test_when_every_engine_holds_other_weights_they_are_started_again_until_they
     assert stage.engine.state == "failed"
 
 
-@pytest.mark.parametrize(("interval", "checked"), [(0, [0]), (1, [0, 1, 2, 3, 4]), (2, [0, 2, 4]), (3, [0, 3])])
+@pytest.mark.parametrize(
+    ("interval", "checked"), [(-1, []), (0, [0]), (1, [0, 1, 2, 3, 4]), (2, [0, 2, 4]), (3, [0, 3])]
+)
 def test_weights_are_compared_as_often_as_asked(
     monkeypatch: pytest.MonkeyPatch, interval: int, checked: list[int]
 ) -> None:
@@ -309,6 +311,9 @@ def test_weights_are_compared_as_often_as_asked(
         found += [version] if ("checksums",) in stage.taken() else []
         stage.engine.start_training()
     assert found == checked
+    stage.pool.failed = {"two": "died"}
+    stage.engine.sync_weights(5)
+    assert (("checksums",) in stage.taken()) == (interval >= 0), "an engine that was started again is compared"
 
 
 def test_experts_that_an_engines_ranks_share_out_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
