@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
-import gzip
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from engines.fault_proxy import Act, Exchange, Fault, any_request
+from engines.wire_faults import (
+    HEAD,
+    bytes_only,
+    close_at_once,
+    cut,
+    drip,
+    endless,
+    false_gzip,
+    gzip_bomb,
+    hang_at_once,
+    hang_within,
+    huge,
+    overstated,
+    reset_at_once,
+    reset_within,
+    understated,
+    whole,
+)
 
-_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
 Spoil = Callable[[list[dict[str, Any]], float], Any]
 """(the answers, which it may change; moment) -> what is sent in their place."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of fault. `on_answer`: it changes the answer to a batch; else it may strike any request."""
+    """A kind of fault. `on_answer`: it changes the answer to a batch; else it may strike any request. The fixed choice
+    of faults has `in_short`, or all variants; all faults have `other_moments`, too."""
 
     name: str  # the line of the table
     variants: dict[str, Callable[[float], Act]]
@@ -27,7 +43,8 @@ class Kind:
     lasts: bool = False
     refuses: bool = False
     needs_timeout: bool = False  # nothing but the time limit of the request ends it
-    in_score: bool = True
+    in_short: tuple[str, ...] = ()
+    other_moments: tuple[float, ...] = (0.0, 0.999)
 
     def fault(self, variant: str, moment: float, index: int = 0) -> Fault:
         """`index`: of the request it strikes, for faults that may strike any."""
@@ -41,7 +58,7 @@ def is_batch(exchange: Exchange) -> bool:
     return exchange.path == "/generate" and b'"return_logprob": true' in exchange.body
 
 
-# ---- how an answer is put on the wire
+# ---- what is wrong in an answer
 
 
 def spoil(change: Spoil) -> Callable[[float], Act]:
@@ -55,117 +72,6 @@ def spoil(change: Spoil) -> Callable[[float], Act]:
         return act
 
     return at
-
-
-def cut(*, honest: bool) -> Callable[[float], Act]:
-    """The first part of the body; `honest`: with its length in the header, else the connection ends early."""
-
-    def at(moment: float) -> Act:
-        async def act(exchange: Exchange) -> None:
-            head, body = await exchange.forward()
-            part = body[: int(moment * len(body))]
-            await (exchange.send_body(head, part) if honest else exchange.send(head, part))
-
-        return act
-
-    return at
-
-
-def reset_within(moment: float) -> Act:
-    async def act(exchange: Exchange) -> None:
-        head, body = await exchange.forward()
-        await exchange.send(head, body[: int(moment * len(body))])
-        exchange.reset()
-
-    return act
-
-
-def reset_at_once(moment: float) -> Act:
-    async def act(exchange: Exchange) -> None:
-        exchange.reset()
-
-    return act
-
-
-def close_at_once(moment: float) -> Act:
-    async def act(exchange: Exchange) -> None:
-        return
-
-    return act
-
-
-def hang_at_once(moment: float) -> Act:
-    async def act(exchange: Exchange) -> None:
-        await exchange.hang()
-
-    return act
-
-
-def hang_within(moment: float) -> Act:
-    async def act(exchange: Exchange) -> None:
-        head, body = await exchange.forward()
-        await exchange.send(head, body[: int(moment * len(body))])
-        await exchange.hang()
-
-    return act
-
-
-def drip_within(moment: float) -> Act:
-    """A byte at a time from the moment on; the rest would take hours."""
-
-    async def act(exchange: Exchange) -> None:
-        head, body = await exchange.forward()
-        start = int(moment * len(body))
-        await exchange.send(head, body[:start])
-        for byte in body[start:]:
-            await exchange.send(b"", bytes([byte]))
-            await asyncio.sleep(0.2)
-
-    return act
-
-
-def whole(line: str, body: bytes, headers: bytes = b"") -> Callable[[float], Act]:
-    """Another answer altogether."""
-
-    def at(moment: float) -> Act:
-        async def act(exchange: Exchange) -> None:
-            await exchange.send_body(f"HTTP/1.1 {line}\r\n".encode() + headers + b"\r\n", body)
-
-        return act
-
-    return at
-
-
-def bytes_only(data: bytes) -> Callable[[float], Act]:
-    def at(moment: float) -> Act:
-        async def act(exchange: Exchange) -> None:
-            await exchange.send(b"", data)
-
-        return act
-
-    return at
-
-
-def false_gzip(moment: float) -> Act:
-    """Said to be gzip, and broken."""
-
-    async def act(exchange: Exchange) -> None:
-        _, body = await exchange.forward()
-        packed = bytearray(gzip.compress(body))
-        packed[12 + int(moment * (len(packed) - 12))] ^= 0xFF
-        await exchange.send_body(_HEAD + b"content-encoding: gzip\r\n\r\n", bytes(packed))
-
-    return act
-
-
-def huge(moment: float) -> Act:
-    async def act(exchange: Exchange) -> None:
-        await exchange.send_body(_HEAD + b"\r\n", b"[" + b" " * (64 << 20))
-
-    return act
-
-
-# ---- what is wrong in an answer
 
 
 def _at(items: list[Any], moment: float) -> Any:
@@ -255,6 +161,46 @@ def token_is(value: Any) -> Spoil:
     return change
 
 
+def token_beyond(items: list[dict[str, Any]], moment: float) -> Any:
+    """Tokens and log-probs agree on a token that the model has not."""
+    item = _at(items, moment)
+    index = int(moment * len(item["output_ids"]))
+    item["output_ids"][index] = item["meta_info"]["output_token_logprobs"][index][1] = 1 << 20
+    if index == len(item["output_ids"]) - 1 and item["meta_info"]["finish_reason"]["type"] == "stop":
+        item["meta_info"]["finish_reason"]["matched"] = 1 << 20
+    return items
+
+
+def cut_evenly(items: list[dict[str, Any]], moment: float) -> Any:
+    """The last token is lost everywhere but in what is said of the answer."""
+    item = max(items, key=lambda item: len(item["output_ids"]))
+    item["output_ids"].pop()
+    item["meta_info"]["output_token_logprobs"].pop()
+    return items
+
+
+def others_words(items: list[dict[str, Any]], moment: float) -> Any:
+    """Under its own name, what was drawn after another prompt."""
+    here = int(moment * len(items))
+    there = next(i for i, item in enumerate(items) if _prompt_length(item) != _prompt_length(items[here]))
+    names = items[here]["meta_info"]["id"], items[there]["meta_info"]["id"]
+    items[here], items[there] = items[there], items[here]
+    items[here]["meta_info"]["id"], items[there]["meta_info"]["id"] = names
+    return items
+
+
+def _prompt_length(item: dict[str, Any]) -> Any:
+    return item["meta_info"]["prompt_tokens"]
+
+
+def finish_is(reason: Any) -> Spoil:
+    def change(items: list[dict[str, Any]], moment: float) -> Any:
+        _at(items, moment)["meta_info"]["finish_reason"] = reason
+        return items
+
+    return change
+
+
 def answer_twice(items: list[dict[str, Any]], moment: float) -> Any:
     """One answer stands in the place of another as well."""
     index = int(moment * len(items))
@@ -273,11 +219,6 @@ def another_id(items: list[dict[str, Any]], moment: float) -> Any:
     return items
 
 
-def another_finish(items: list[dict[str, Any]], moment: float) -> Any:
-    _at(items, moment)["meta_info"]["finish_reason"] = {"type": "abort", "message": "because"}
-    return items
-
-
 KINDS = (
     Kind("engine: refuses connections", {"refuse": reset_at_once}, on_answer=False, lasts=True, refuses=True),
     Kind("engine: hangs", {"at once": hang_at_once, "in its answer": hang_within}, on_answer=False, lasts=True),
@@ -291,8 +232,25 @@ KINDS = (
         },
         on_answer=False,
     ),
-    Kind("engine: slow drip", {"drip": drip_within}, on_answer=True, needs_timeout=True),
-    Kind("engine: truncated JSON", {"honest": cut(honest=True), "broken off": cut(honest=False)}, on_answer=True),
+    Kind(
+        "engine: slow drip",
+        {
+            "drip": drip(lambda head, body: (len(head), len(head) + len(body))),
+            "in its headers": drip(lambda head, body: (0, len(head))),
+            "100 again and again": endless(b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+            "a header after another": endless(b"HTTP/1.1 200 OK\r\n", b"x-more: more\r\n"),
+            "length overstated": overstated,
+        },
+        on_answer=True,
+        needs_timeout=True,
+        in_short=("drip",),
+        other_moments=(),
+    ),
+    Kind(
+        "engine: truncated JSON",
+        {"honest": cut(honest=True), "broken off": cut(honest=False), "length understated": understated},
+        on_answer=True,
+    ),
     Kind(
         "engine: stale version",
         {
@@ -310,6 +268,7 @@ KINDS = (
             "a log-prob less": spoil(logprob_missing),
             "tokens too many": spoil(token_too_many),
             "no token": spoil(nothing_drawn),
+            "evenly a token less": spoil(cut_evenly),
             "an answer less": spoil(lambda items, moment: items[:-1]),
             "no answer": spoil(lambda items, moment: []),
         },
@@ -324,6 +283,9 @@ KINDS = (
             "+inf": spoil(logprob_is(float("inf"))),
             "text": spoil(logprob_is("-0.5")),
             "1e30": spoil(logprob_is(1e30)),
+            "0.5": spoil(logprob_is(0.5)),
+            "false": spoil(logprob_is(False)),
+            "-1e400": spoil(logprob_is(-(10**400))),
         },
         on_answer=True,
     ),
@@ -334,6 +296,7 @@ KINDS = (
             "one more": spoil(lambda items, moment: [*items, items[int(moment * len(items))]]),
             "all twice": spoil(lambda items, moment: items * 2),
             "swapped": spoil(answers_swapped),
+            "another prompt's": spoil(others_words),
         },
         on_answer=True,
     ),
@@ -353,6 +316,12 @@ STRANGER_KINDS = (
             "empty": whole("200 OK", b""),
             "no content": bytes_only(b"HTTP/1.1 204 No Content\r\n\r\n"),
             "false gzip": false_gzip,
+            "gzip bomb": gzip_bomb,
+            "false br": whole("200 OK", b"\x8b\x00\xff" * 100, b"content-encoding: br\r\n"),
+            "false chunks": bytes_only(HEAD + b"transfer-encoding: chunked\r\n\r\nzz\r\n[]\r\n0\r\n\r\n"),
+            "error with 200": whole("200 OK", b'{"error": {"message": "no memory", "code": 500}}'),
+            "switched": bytes_only(b"HTTP/1.1 101 Switching Protocols\r\nupgrade: websocket\r\n\r\n"),
+            "digits": whole("200 OK", b"[" + b"9" * 10_000 + b"]"),
             "huge": huge,
             "deep": whole("200 OK", b"[" * 100_000),
             "a number": whole("200 OK", b"17"),
@@ -362,12 +331,17 @@ STRANGER_KINDS = (
             "not UTF-8": whole("200 OK", b'[{"meta_info": "\xff\xfe"}]'),
         },
         on_answer=True,
+        other_moments=(),  # they would be the same answers
     ),
     Kind(
         "engine: strange fields",
         {
             "another request's": spoil(another_id),
-            "aborted": spoil(another_finish),
+            "aborted": spoil(finish_is({"type": "abort", "message": "because"})),
+            "not finished": spoil(finish_is(None)),
+            "stopped by NaN": spoil(finish_is({"type": "stop", "matched": "NaN happened"})),
+            "another length": spoil(finish_is({"type": "length", "length": 99})),
+            "token beyond": spoil(token_beyond),
             "token -1": spoil(token_is(-1)),
             "token 1.5": spoil(token_is(1.5)),
             "token true": spoil(token_is(True)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import socket
 import time
 import urllib.error
@@ -26,7 +27,8 @@ from megatron_fipo.weights.bucket import make_buckets
 
 NUM_ENGINES = 2
 HEALTH_S = 3.0  # more than a busy machine makes an engine wait
-QUICK_HEALTH_S = 0.7  # where an engine hangs, and the others answer in less
+QUICK_HEALTH_S = 0.7  # where an engine hangs, and the others of a quiet machine answer in less
+MOST_WAITING = 8.0
 TIMEOUT_S = 60.0
 BUCKET_BYTES = 16 << 10
 
@@ -99,7 +101,7 @@ class Bench:
             ProxiedEngine(f"e{index}", lambda index=index, timeout_s=timeout_s: self.client(index, timeout_s))
             for index in range(NUM_ENGINES)
         ]
-        pool = EnginePool(clients, **{"health_check_interval_s": HEALTH_S, "say": said.append, **settings})
+        pool = EnginePool(clients, **{"health_check_interval_s": patience(HEALTH_S), "say": said.append, **settings})
         update(pool, self.next_version(), self.weights)
         for proxy in self.proxies:
             proxy.paths.clear()
@@ -143,6 +145,12 @@ class Bench:
         self.ports += [port for engine in self.engines if (port := urlsplit(engine.address.url).port) is not None]
 
 
+def patience(seconds: float) -> float:
+    """So long on a quiet machine, on a busy one the longer the more programs wait for each core."""
+    waiting = os.getloadavg()[0] / len(os.sched_getaffinity(0))
+    return seconds * min(max(1.0, waiting), MOST_WAITING)
+
+
 def is_listening(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
@@ -173,12 +181,12 @@ class ProxiedEngine:
         self.client.shutdown()
 
 
-def start(model_dir: Path, directory: Path, name: str) -> SGLangEngine:
+def start(model_dir: Path, directory: Path, name: str, *, tp_size: int = 1) -> SGLangEngine:
     return start_engine(
         str(model_dir),
         name=name,
         dtype="float32",
-        tp_size=1,
+        tp_size=tp_size,
         context_length=128,
         random_seed=0,
         log_path=str(directory / f"{name}.log"),
