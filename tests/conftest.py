@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; subprocesses inherit it
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # importing megatron-core would import torch's compiler: a second per process
 
 import pytest
 import torch
@@ -19,6 +21,11 @@ def pytest_configure(config: pytest.Config) -> None:
     directory = tempfile.TemporaryDirectory()
     config.add_cleanup(directory.cleanup)
     set_hypothesis_home_dir(directory.name)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: no collection of garbage looks through it again."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

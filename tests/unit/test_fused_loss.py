@@ -113,18 +113,18 @@ def test_forms_agree_on_what_is_not_finite_and_on_the_clamp(semantics: Any) -> N
             assert_forms_agree("dapo", (new, old, advantages, mask), PPOSettings(dual_clip=None))
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("length", [1, 63, 64, 1000, 1025])
 @pytest.mark.parametrize("semantics", ["paper", "released"])
-def test_forms_agree_with_token_weights_and_a_kl_term(dtype: torch.dtype, length: int, semantics: Any) -> None:
-    inputs = make_inputs(4 * length, spread=1.0, dtype=dtype)
+def test_forms_agree_with_token_weights_and_a_kl_term(length: int, semantics: Any) -> None:
+    """In float64 alone, as every dtype takes a second to compile; test_invariance.py trains with weights in fp32."""
+    inputs = make_inputs(4 * length, spread=1.0)
     inputs[3][length : 2 * length] = False  # an empty response
     inputs[3][3 * length :] = True
     generator = torch.Generator().manual_seed(1)
-    weights = 2 * torch.rand(4 * length, generator=generator).to(dtype)
+    weights = 2 * torch.rand(4 * length, generator=generator, dtype=torch.float64)
     weights[weights < 0.5] = 0.0
     weights[~inputs[3]] = torch.nan
-    reference = inputs[0] + torch.randn(4 * length, generator=generator).to(dtype)
+    reference = inputs[0] + torch.randn(4 * length, generator=generator, dtype=torch.float64)
     reference[~inputs[3]] = torch.inf
     options = {
         "cu_seqlens": torch.arange(5, dtype=torch.int32) * length,
