@@ -1,6 +1,7 @@
 """Runs a function, or a command, on N fresh processes that form one torch.distributed job on this machine.
 
-Every rank is a clean interpreter in a session of its own, so that a rank and whatever it started can be ended by the
+Every rank of a command is a clean interpreter; those of a function are forked from one that has everything imported,
+unless they are to be fresh. Each is in a session of its own, so that a rank and whatever it started can be ended by the
 process group it leads. As torchrun does, the parent serves the rendezvous store on a port the operating system chose
 and keeps, so no port is guessed. Run as a script this file is the rank's side.
 """
@@ -20,9 +21,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from rank_server import rank_server
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 TESTS = REPO_ROOT / "tests"
@@ -42,6 +44,20 @@ class RankOutput:
         return self.stdout + self.stderr
 
 
+class Rank(Protocol):
+    """A process that was started, as subprocess.Popen is one."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self) -> int: ...
+
+
+StartRank = Callable[[Path, int, Mapping[str, str]], Rank]  # (directory, rank, environment): logs go to `_logs`
+
+
 @dataclass(frozen=True)
 class RunRanks:
     """The `run_ranks` fixture: a directory, and the two ways to use it."""
@@ -57,10 +73,10 @@ class RunRanks:
         *,
         init_process_group: bool = True,
         env: Mapping[str, str] | None = None,
+        fresh: bool = False,
     ) -> list[Any]:
-        return run_ranks(
-            self.directory, num_ranks, target, kwargs, timeout_s, init_process_group=init_process_group, env=env
-        )
+        options: dict[str, Any] = {"init_process_group": init_process_group, "env": env, "fresh": fresh}
+        return run_ranks(self.directory, num_ranks, target, kwargs, timeout_s, **options)
 
     def command(
         self,
@@ -82,9 +98,12 @@ def run_ranks(
     *,
     init_process_group: bool = True,
     env: Mapping[str, str] | None = None,
+    fresh: bool = False,
 ) -> list[Any]:
     """Call `target(**kwargs)` on every rank; return what each rank returned, in rank order.
 
+    With `fresh` every rank is a new interpreter, for what must happen before megatron-core is imported or used. `env`
+    reaches libraries that read it when they are imported only there.
     `target` is "module:function" (tests/ and its folders are on the path) or a module-level function, which is found
     again by its file. Arguments and results are tensors and plain data (what `torch.load(weights_only=True)` reads).
     A gloo process group is up during the call unless `init_process_group` is False. Raises AssertionError with the
@@ -94,8 +113,10 @@ def run_ranks(
     run.mkdir(parents=True)
     name = target if isinstance(target, str) else f"{sys.modules[target.__module__].__file__}:{target.__qualname__}"
     torch.save(dict(kwargs or {}), run / "kwargs.pt")
-    arguments = [str(Path(__file__).resolve()), name, str(run), "gloo" if init_process_group else "none"]
-    outputs = run_command_on_ranks(run, num_ranks, arguments, timeout_s, env=env)
+    arguments = [name, str(run), "gloo" if init_process_group else "none"]
+    command = [str(Path(__file__).resolve()), *arguments]
+    start = _started(command) if fresh else _forked(arguments)
+    outputs = _run_on_ranks(run, num_ranks, start, name, timeout_s, env)
     if any(output.returncode for output in outputs):
         raise AssertionError(f"{name} failed\n{_tails(outputs)}")
     return [torch.load(run / f"result-{rank}.pt", weights_only=True) for rank in range(num_ranks)]
@@ -113,38 +134,60 @@ def run_command_on_ranks(
 
     When one rank fails the others get 2 s to fail too and are then killed. Raises AssertionError on time-out.
     """
+    return _run_on_ranks(directory, num_ranks, _started(arguments), " ".join(arguments), timeout_s, env)
+
+
+def _run_on_ranks(
+    directory: Path, num_ranks: int, start: StartRank, what: str, timeout_s: float, env: Mapping[str, str] | None
+) -> list[RankOutput]:
     Path(directory).mkdir(parents=True, exist_ok=True)
     store = torch.distributed.TCPStore(
         "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=datetime.timedelta(seconds=timeout_s)
     )
-    ranks: list[subprocess.Popen[bytes]] = []
+    ranks: list[Rank] = []
     try:
-        with contextlib.ExitStack() as files:
-            for rank in range(num_ranks):
-                stdout, stderr = (files.enter_context(path.open("wb")) for path in _logs(directory, rank))
-                ranks.append(
-                    subprocess.Popen(
-                        [sys.executable, *arguments],
-                        stdin=subprocess.DEVNULL,
-                        stdout=stdout,
-                        stderr=stderr,
-                        cwd=directory,
-                        env=rank_environment(rank, num_ranks, store.port, env),
-                        start_new_session=True,
-                    )
-                )
+        for rank in range(num_ranks):
+            ranks.append(start(Path(directory), rank, rank_environment(rank, num_ranks, store.port, env)))
         in_time = _wait(ranks, time.monotonic() + timeout_s)
     finally:
         for process in ranks:
             _end_session(process)
         del store
     outputs = [
-        RankOutput(process.returncode, *(path.read_text(errors="replace") for path in _logs(directory, rank)))
+        RankOutput(process.wait(), *(path.read_text(errors="replace") for path in _logs(directory, rank)))
         for rank, process in enumerate(ranks)
     ]
     if not in_time:
-        raise AssertionError(f"{' '.join(arguments)} on {num_ranks} ranks took over {timeout_s} s\n{_tails(outputs)}")
+        raise AssertionError(f"{what} on {num_ranks} ranks took over {timeout_s} s\n{_tails(outputs)}")
     return outputs
+
+
+def _started(arguments: Sequence[str]) -> StartRank:
+    """Ranks that are new interpreters, `python *arguments`."""
+
+    def start(directory: Path, rank: int, env: Mapping[str, str]) -> Rank:
+        with contextlib.ExitStack() as files:
+            stdout, stderr = (files.enter_context(path.open("wb")) for path in _logs(directory, rank))
+            return subprocess.Popen(
+                [sys.executable, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                cwd=directory,
+                env=dict(env),
+                start_new_session=True,
+            )
+
+    return start
+
+
+def _forked(arguments: Sequence[str]) -> StartRank:
+    """Ranks that are forked, and run this file's `rank_main(*arguments)`."""
+
+    def start(directory: Path, rank: int, env: Mapping[str, str]) -> Rank:
+        return rank_server(env["PYTHONPATH"]).start(arguments, directory, env, *_logs(directory, rank))
+
+    return start
 
 
 def processes_in_session(leader: int) -> list[int]:
@@ -182,7 +225,7 @@ def rank_environment(rank: int, num_ranks: int, port: int, extra: Mapping[str, s
     }
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]], deadline: float) -> bool:
+def _wait(ranks: Sequence[Rank], deadline: float) -> bool:
     """True when every rank ended in time, or one failed and the others had their grace."""
     failed_at: float | None = None
     while time.monotonic() < deadline:
@@ -197,7 +240,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], deadline: float) -> bool:
     return False
 
 
-def _end_session(process: subprocess.Popen[bytes]) -> None:
+def _end_session(process: Rank) -> None:
     """Kill what is left of the rank and of everything it started in its session."""
     for pid in processes_in_session(process.pid):
         with contextlib.suppress(ProcessLookupError):
@@ -243,7 +286,8 @@ def _load(name: str) -> Callable[..., Any]:
     return getattr(module, function)
 
 
-def _main(name: str, directory: str, backend: str) -> None:
+def rank_main(name: str, directory: str, backend: str) -> None:
+    """Call the function called `name` with the arguments in `directory`, and leave there what it returns."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the test run, however that ends
     torch.set_num_threads(1)
     kwargs = torch.load(Path(directory) / "kwargs.pt", weights_only=True)
@@ -253,4 +297,4 @@ def _main(name: str, directory: str, backend: str) -> None:
 
 
 if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    rank_main(*sys.argv[1:])

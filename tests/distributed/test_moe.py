@@ -49,7 +49,8 @@ def references(model_dir: Path) -> dict[str, dict[str, Any]]:
 def updates(
     model_dir: Path, references: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, list[dict[str, Any]]]:
-    return updates_of(LAYOUTS, CASES, model_dir, references["paper"]["old"], tmp_path_factory.mktemp("ranks"))
+    cases = dict.fromkeys(LAYOUTS, CASES)
+    return updates_of(LAYOUTS, cases, model_dir, references["paper"]["old"], tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -14,7 +14,7 @@ from processes import run_ranks
 @pytest.fixture(scope="module")
 def findings(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     directory: Path = tmp_path_factory.mktemp("expert-patches")
-    return run_ranks(directory, 2, try_expert_patches)
+    return run_ranks(directory, 2, try_expert_patches, fresh=True)
 
 
 def test_router_without_te_is_needed(findings: list[dict[str, Any]]) -> None:

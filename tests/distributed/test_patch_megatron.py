@@ -51,7 +51,7 @@ TARGETS: dict[str, tuple[tuple[str, str], ...]] = {
 def findings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     directory = tmp_path_factory.mktemp("patches")
     kwargs = {"model_dir": str(directory / "model"), "checkpoint_dir": str(directory / "checkpoints")}
-    return run_ranks(directory, 1, try_every_patch, kwargs)[0]
+    return run_ranks(directory, 1, try_every_patch, kwargs, fresh=True)[0]
 
 
 def test_torch_on_cpu_is_needed(findings: dict[str, Any]) -> None:
@@ -104,7 +104,7 @@ def test_group_of_one_is_needed(findings: dict[str, Any]) -> None:
 
 
 def test_p2p_directions_is_needed(tmp_path: Path) -> None:
-    for rank, found in enumerate(run_ranks(tmp_path, 2, try_p2p_directions)):
+    for rank, found in enumerate(run_ranks(tmp_path, 2, try_p2p_directions, fresh=True)):
         other = 1 - rank
         up, down = [2 + other, 1, 1], [5 + other, 1, 1]
         assert found["without"] == [down, up]  # what goes up is taken for what comes down

@@ -31,8 +31,9 @@ def ranks_fail_on_one(path: str) -> None:
     time.sleep(600)
 
 
-def test_every_rank_returns_its_value_in_order(run_ranks: RunRanks) -> None:
-    results = run_ranks(2, ranks_sum, {"start": torch.tensor([1.5, 2.0])})
+@pytest.mark.parametrize("fresh", [False, True])
+def test_every_rank_returns_its_value_in_order(run_ranks: RunRanks, fresh: bool) -> None:
+    results = run_ranks(2, ranks_sum, {"start": torch.tensor([1.5, 2.0])}, fresh=fresh)
     assert [result["rank"] for result in results] == [0, 1]
     assert all(torch.equal(result["total"], torch.tensor([4.0, 5.0])) for result in results)
 
