@@ -165,11 +165,11 @@ def read_model(request: EvaluationRequest) -> Model:
         check_hf_shapes(arch, HFWeights(directory))
         files += sorted(Path(directory).glob("*.safetensors"))
     else:
-        from megatron_fipo.actor.checkpoint_files import MANIFEST, find_checkpoint, read_run_state, verify_checkpoint
+        from megatron_fipo.actor.checkpoint_files import MANIFEST, find_checkpoint, saved_dtype, verify_checkpoint
 
         checkpoint = find_checkpoint(request.run.load)
         verify_checkpoint(checkpoint)
-        stored = read_run_state(checkpoint)["layout"]["params_dtype"]
+        stored = str(saved_dtype(checkpoint))
         files.append(checkpoint / MANIFEST)  # which holds the digests of everything else
     with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as threads:
         digests = dict(zip([f"{file.name} (SHA-256)" for file in files], threads.map(_digest, files)))

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 
@@ -45,6 +46,7 @@ _ASIDE = ".writing_"
 _RETIRED = ".removing_"
 _CHECKPOINT = re.compile(r"step_(\d{7,15})(?:\.(\d{1,9}))?", re.ASCII)
 _RANDOM_STATE = re.compile(r"rng_\d{1,9}\.pt", re.ASCII)
+_DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16)}
 _LAYOUT: dict[str, Check] = {"sequence_parallel": TRUTH, "params_dtype": TEXT, "device": TEXT}  # all else are sizes
 
 
@@ -162,6 +164,17 @@ def read_run_state(directory: Path) -> dict[str, Any]:
     for name, value in state["layout"].items():
         require_shape(value, _LAYOUT.get(name, POSITIVE), key=f"layout.{name}", path=path)
     return state
+
+
+def saved_dtype(directory: Path) -> torch.dtype:
+    """The precision of the parameters in a verified checkpoint. Raises CheckpointError when it names none."""
+    found = read_run_state(directory)["layout"].get("params_dtype")
+    if found not in _DTYPES:
+        raise CheckpointError(
+            f"{directory / RUN_STATE} says layout.params_dtype {ascii(found)[:100]}, but must say one of "
+            f"{', '.join(_DTYPES)}"
+        )
+    return _DTYPES[found]
 
 
 def check_metadata(path: Path) -> Metadata:

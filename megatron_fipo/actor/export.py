@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_fipo.actor.checkpoint import load_model, require_same_architecture
-from megatron_fipo.actor.checkpoint_files import read_run_state
+from megatron_fipo.actor.checkpoint_files import read_run_state, saved_dtype
 from megatron_fipo.actor.model import build_policy, transformer_config
 from megatron_fipo.actor.setup import initialize_model_parallel, shut_down
 from megatron_fipo.actor.weights import export_weights, weight_table
@@ -19,7 +19,6 @@ from megatron_fipo.weights.hf_files import write_hf_checkpoint
 from megatron_fipo.weights.mapping import checked_stream
 
 TIMEOUT_MINUTES = 10
-DTYPES_BY_NAME = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16)}
 EXPORT_ONLY = {"use_distributed_optimizer": False, "grad_reduce_in_fp32": False}  # the least memory for gradients
 
 
@@ -40,7 +39,7 @@ def export_checkpoint(
     """
     state = read_run_state(checkpoint)
     require_same_architecture(checkpoint, state["model"], asdict(arch))
-    params_dtype = DTYPES_BY_NAME[state["layout"]["params_dtype"]]
+    params_dtype = saved_dtype(checkpoint)
     layout = ParallelLayout()
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

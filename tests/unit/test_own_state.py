@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from checkpoint_on_disk import reseal, save
 from fake_rollouts import ScriptedEngine, make_collector
 
-from megatron_fipo.actor.checkpoint_files import CheckpointError, read_run_state, verify_checkpoint
+from megatron_fipo.actor.checkpoint_files import CheckpointError, read_run_state, saved_dtype, verify_checkpoint
 from megatron_fipo.own_state import NOTHING_DONE, require_own_state
 from megatron_fipo.run_config import GuardSettings
 from megatron_fipo.trainer.guards import Guards
@@ -194,3 +195,18 @@ def test_a_wrong_kind_under_a_true_manifest_makes_a_checkpoint_that_is_not_whole
     for look in (verify_checkpoint, read_run_state):
         with pytest.raises(CheckpointError, match=f"run_state.json {message}"):
             look(directory)
+
+
+@pytest.mark.parametrize("layout", [{}, {"params_dtype": "torch.float16"}, {"params_dtype": "float"}])
+def test_a_checkpoint_that_names_no_precision_that_it_can_have_is_not_exported(
+    tmp_path: Path, layout: dict[str, Any]
+) -> None:
+    directory = save(tmp_path, 2)
+    path = directory / "run_state.json"
+    path.write_text(json.dumps({**whole(), "layout": LAYOUT}))
+    assert saved_dtype(directory) == torch.float32
+    path.write_text(json.dumps({**whole(), "layout": layout}))
+    found = layout.get("params_dtype")
+    wanted = "must say one of torch.float32, torch.bfloat16"
+    with pytest.raises(CheckpointError, match=f"run_state.json says layout.params_dtype {found!r}, but {wanted}"):
+        saved_dtype(directory)
