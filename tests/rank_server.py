@@ -162,12 +162,14 @@ def _preload() -> None:
 
     from megatron_fipo.config import FIPOSettings
     from megatron_fipo.losses import fipo_loss
+    from megatron_fipo.ops.fipo_terms import scale_sequences
 
-    for dtype in (torch.float32, torch.float64):  # compiles the loss
-        tokens = torch.linspace(-2.0, -1.0, 8, dtype=dtype).requires_grad_()
+    for dtype in (torch.float32, torch.float64):  # compiles the loss, without and with token weights
+        tokens = torch.linspace(-2.0, -1.0, 8, dtype=dtype)
         mask, bounds = torch.ones(8, dtype=torch.bool), torch.tensor([0, 3, 8], dtype=torch.int32)
-        still = tokens.detach()
-        fipo_loss(tokens, still, still, mask, FIPOSettings(), cu_seqlens=bounds, denominator=1)
+        for weights in (None, tokens):
+            fipo_loss(tokens, tokens, tokens, mask, FIPOSettings(), cu_seqlens=bounds, token_weights=weights)
+        scale_sequences(tokens, torch.ones(2, dtype=torch.float64), bounds)  # a backward pass would start a thread
     gc.collect()
     gc.freeze()  # what was imported is not looked through again in every copy
 
