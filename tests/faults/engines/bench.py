@@ -181,12 +181,12 @@ class ProxiedEngine:
         self.client.shutdown()
 
 
-def start(model_dir: Path, directory: Path, name: str, *, tp_size: int = 1) -> SGLangEngine:
+def start(model_dir: Path, directory: Path, name: str) -> SGLangEngine:
     return start_engine(
         str(model_dir),
         name=name,
         dtype="float32",
-        tp_size=tp_size,
+        tp_size=1,
         context_length=128,
         random_seed=0,
         log_path=str(directory / f"{name}.log"),

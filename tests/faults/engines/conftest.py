@@ -19,11 +19,14 @@ def leaves_nothing_behind() -> None:
 
 
 @pytest.fixture(scope="package")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def keeper_of_shared_memory() -> None:
+    """torch's own, which the first bucket starts: it is this process's, and stays."""
+    next(make_buckets([("any", torch.ones(1))], 1 << 10))
+
+
+@pytest.fixture(scope="package")
+def bench(tmp_path_factory: pytest.TempPathFactory, keeper_of_shared_memory: None) -> Iterator[Bench]:
     directory = tmp_path_factory.mktemp("engines")
-    next(
-        make_buckets([("any", torch.ones(1))], 1 << 10)
-    )  # torch's keeper of shared memory is this process's, and stays
     with nothing_left_behind("engines"):
         bench = Bench(save_tiny_chat_model(directory / "model"), directory)
         try:

@@ -6,15 +6,16 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
-from engines.bench import BUCKET_BYTES, HEALTH_S, LONG_REQUESTS, NUM_ENGINES, Bench, is_listening, update
-from engines.test_answers import SLACK_S, same_completions
+import torch
+from engines.bench import BUCKET_BYTES, HEALTH_S, LONG_REQUESTS, NUM_ENGINES, Bench, is_listening, patience, update
+from engines.test_answers import SLACK_S, is_answered_by_one, same_completions
 from fault_table import FaultTable
 from left_behind import SHARED_MEMORY, unused_segments
 
@@ -24,10 +25,12 @@ from megatron_fipo.rollout.process_group import group_members
 from megatron_fipo.rollout.sglang_engine import SGLangEngine
 from megatron_fipo.weights.bucket import make_buckets
 
+ENDS_WITHIN_S = 15.0  # SGLang looks after its processes once a second
+
 
 @dataclass(frozen=True)
 class Strike:
-    """A signal to one of an engine's processes: "server", its scheduler or its detokenizer."""
+    """A signal to one of an engine's processes: "server", "scheduler" (of one rank: "scheduler_TP1"), "detokenizer"."""
 
     signal: signal.Signals
     process: str = "server"
@@ -40,7 +43,11 @@ class Strike:
     def kind(self) -> str:
         return "engine: hangs" if self.signal == signal.SIGSTOP else "engine: death"
 
-    def hit(self, engine: SGLangEngine) -> None:
+    def hit(self, *engines: SGLangEngine) -> None:
+        for engine in engines:
+            self._hit(engine)
+
+    def _hit(self, engine: SGLangEngine) -> None:
         leader = engine.process_id
         members = group_members(leader)
         if self.process == "server":
@@ -50,6 +57,17 @@ class Strike:
         assert victims, f"no {self.process} among {members}"
         for pid in victims:
             os.kill(pid, self.signal)
+
+    def let_it_show(self, engine: SGLangEngine) -> None:
+        """Return once the engine has ended, when it answered before the strike told: it is to end with any process of
+        its own, needed or not. One that was stopped shows at the next question."""
+        deadline = time.monotonic() + ENDS_WITHIN_S
+        while self.signal != signal.SIGSTOP and time.monotonic() < deadline:
+            try:
+                engine.check_alive()
+            except EngineError:
+                return
+            time.sleep(0.1)
 
 
 @dataclass
@@ -82,7 +100,7 @@ class Stage:
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
         self.said: list[str] = []
-        self.pool = EnginePool(bench.engines, health_check_interval_s=HEALTH_S, say=self.said.append)
+        self.pool = EnginePool(bench.engines, health_check_interval_s=patience(HEALTH_S), say=self.said.append)
         self.segments = set(os.listdir(SHARED_MEMORY))
         self.places = [Place.of(engine) for engine in bench.engines]
         update(self.pool, bench.next_version(), bench.weights)
@@ -107,8 +125,8 @@ class Stage:
 
 
 @contextmanager
-def striking(strike: Strike, engine: SGLangEngine, after_s: float) -> Iterator[None]:
-    timer = threading.Timer(after_s, strike.hit, [engine])
+def striking(strike: Strike, engines: Sequence[SGLangEngine], after_s: float) -> Iterator[None]:
+    timer = threading.Timer(after_s, strike.hit, engines)
     timer.start()
     try:
         yield
@@ -134,14 +152,16 @@ def record(faults: FaultTable, kind: str, name: str, wanted: str, checks: dict[s
 def strike_while_generating(stage: Stage, faults: FaultTable, strike: Strike, index: int, moment: float) -> list[str]:
     """One engine is struck at `moment` of a batch; the other answers all, to the last bit."""
     started = time.monotonic()
-    with striking(strike, stage.bench.engines[index], moment * stage.bench.long_s):
+    engine = stage.bench.engines[index]
+    with striking(strike, [engine], moment * stage.bench.long_s):
         answered = stage.is_answered()
-    if not stage.pool.failed:  # it was struck when it had answered
+    if not stage.pool.failed:
+        strike.let_it_show(engine)
         answered = answered and stage.is_answered()
     checks = {
         "the answers differ": answered,
         f"set aside: {stage.pool.failed}": list(stage.pool.failed) == [stage.bench.engines[index].name],
-        f"it took {time.monotonic() - started:.1f} s": time.monotonic() - started < 4 * HEALTH_S + SLACK_S,
+        f"it took {time.monotonic() - started:.1f} s": time.monotonic() - started < patience(4 * HEALTH_S + SLACK_S),
         f"left: {stage.leftovers(index)}": not stage.leftovers(index),
     }
     name = f"{strike.name} at {moment:.2f} of a batch, engine {index} of {NUM_ENGINES}"
@@ -154,9 +174,11 @@ def strike_the_last_while_generating(
     """The only engine left is struck: both are started again with the weights they had, and the batch goes on."""
     restarts = stage.pool.num_restarts_in_all
     stage.pool.revive = stage.revive
-    with striking(strike, stage.bench.engines[index], moment * stage.bench.long_s):
+    engine = stage.bench.engines[index]
+    with striking(strike, [engine], moment * stage.bench.long_s):
         answered = stage.is_answered_by_any()
-    if stage.pool.num_restarts_in_all == restarts:  # it was struck when it had answered
+    if stage.pool.num_restarts_in_all == restarts:
+        strike.let_it_show(engine)
         answered = answered and stage.is_answered_by_any()
     checks = {
         "the answers are wrong": answered,
@@ -169,14 +191,31 @@ def strike_the_last_while_generating(
     return record(faults, strike.kind, name, "both started again, answered", checks)
 
 
+def strike_all_while_generating(stage: Stage, faults: FaultTable, strike: Strike, moment: float) -> list[str]:
+    """Both are struck at once: both are started again, and the batch goes on."""
+    restarts = stage.pool.num_restarts_in_all
+    stage.pool.revive = stage.revive
+    with striking(strike, stage.bench.engines, moment * stage.bench.long_s):
+        answered = stage.is_answered_by_any()
+    checks = {
+        "the answers are wrong": answered,
+        f"restarts: {stage.said}": stage.pool.num_restarts_in_all == restarts + NUM_ENGINES,
+        "not all serve again": not stage.pool.failed and stage.pool.num_alive == NUM_ENGINES,
+        "the answers after it differ": stage.is_answered(),
+        f"left: {stage.leftovers(0)}": not stage.leftovers(0) and not stage.leftovers(1),
+    }
+    name = f"{strike.name} at {moment:.2f} of a batch, all engines at once"
+    problems: list[str] = []
+    for index in range(NUM_ENGINES):
+        problems += record(faults, strike.kind, f"{name}, {index}", "both started again, answered", checks)
+    return problems
+
+
 def strike_while_updating(stage: Stage, faults: FaultTable, strike: Strike, index: int, after: int) -> list[str]:
     """One engine is struck after so many buckets; the other is updated and serves."""
     pool, bench = stage.pool, stage.bench
     pool.begin_weight_update()
-    for number, bucket in enumerate(make_buckets(bench.weights, BUCKET_BYTES)):
-        if number == after:
-            strike.hit(bench.engines[index])
-        pool.push_bucket(bucket)
+    push_and_strike(pool, bench.weights, strike, [bench.engines[index]], after)
     pool.end_weight_update(bench.next_version())
     checks = {
         f"set aside: {pool.failed}": list(pool.failed) == [bench.engines[index].name],
@@ -184,7 +223,7 @@ def strike_while_updating(stage: Stage, faults: FaultTable, strike: Strike, inde
         "the other's answers are wrong": stage.is_answered_by_any(),
         f"left: {stage.leftovers(index)}": not stage.leftovers(index),
     }
-    name = f"{strike.name} after {after} buckets, engine {index} of {NUM_ENGINES}"
+    name = f"{strike.name} after {buckets(after)}, engine {index} of {NUM_ENGINES}"
     return record(faults, strike.kind.replace("death", "death in an update"), name, "set aside, other updated", checks)
 
 
@@ -194,11 +233,8 @@ def strike_all_while_updating(stage: Stage, faults: FaultTable, strike: Strike, 
     before, version, message = pool.weight_version, bench.next_version(), ""
     pool.begin_weight_update()
     try:
-        for number, bucket in enumerate(make_buckets(bench.weights, BUCKET_BYTES)):
-            if number == after:
-                for engine in bench.engines:
-                    strike.hit(engine)
-            pool.push_bucket(bucket)
+        push_and_strike(pool, bench.weights, strike, bench.engines, after)
+        pool.end_weight_update(version)
     except EngineError as error:
         message = str(error)
     checks = {
@@ -211,11 +247,29 @@ def strike_all_while_updating(stage: Stage, faults: FaultTable, strike: Strike, 
     bench.follow()
     checks["the answers after another update differ"] = stage.is_answered()
     kind = strike.kind.replace("death", "death in an update")
-    name = f"{strike.name} after {after} buckets, all engines"
+    name = f"{strike.name} after {buckets(after)}, all engines"
     problems: list[str] = []
     for index in range(NUM_ENGINES):
         problems += record(faults, kind, f"{name}, {index}", "an error, each named; then repeated", checks)
     return problems
+
+
+def push_and_strike(
+    pool: EnginePool,
+    weights: Sequence[tuple[str, torch.Tensor]],
+    strike: Strike,
+    engines: Sequence[SGLangEngine],
+    after: int,
+) -> None:
+    """Push all buckets; strike before number `after` (from 0), at the latest behind the last one."""
+    count = 0
+    for bucket in make_buckets(weights, BUCKET_BYTES):
+        if count == after:
+            strike.hit(*engines)
+        pool.push_bucket(bucket)
+        count += 1
+    if after >= count:
+        strike.hit(*engines)
 
 
 KILL_SERVER = Strike(signal.SIGKILL)
@@ -228,14 +282,19 @@ TERM_SERVER = Strike(signal.SIGTERM)
 # One engine is struck in the first way, then the last one in the second: both are started again once.
 ROUNDS = [(KILL_SERVER, 0.3, STOP_SCHEDULER, 0.5)]
 MORE_ROUNDS = [
-    (KILL_SCHEDULER, 0.1, KILL_SERVER, 0.6),
-    (STOP_SERVER, 0.5, KILL_SCHEDULER, 0.9),
+    (KILL_SCHEDULER, 0.1, TERM_SERVER, 0.7),
+    (STOP_SERVER, 0.5, KILL_DETOKENIZER, 0.4),
     (KILL_DETOKENIZER, 0.4, STOP_SERVER, 0.2),
-    (STOP_SCHEDULER, 0.8, KILL_DETOKENIZER, 0.4),
+    (STOP_SCHEDULER, 0.8, KILL_SCHEDULER, 0.9),
     (TERM_SERVER, 0.2, KILL_SERVER, 0.0),
-    (KILL_SERVER, 0.0, TERM_SERVER, 0.7),
-    (KILL_SERVER, 0.9, KILL_SCHEDULER, 0.3),
 ]
+
+
+BEHIND_THE_LAST = 1 << 10  # bucket
+
+
+def buckets(after: int) -> str:
+    return "all buckets" if after == BEHIND_THE_LAST else f"{after} buckets"
 
 
 def name_of(round_: tuple[Strike, float, Strike, float]) -> str:
@@ -257,6 +316,15 @@ def test_a_death_in_a_batch_loses_nothing(
     assert not problems, "\n".join(problems)
 
 
+@pytest.mark.full_only
+@pytest.mark.parametrize(("strike", "moment"), [(KILL_SERVER, 0.4), (STOP_SCHEDULER, 0.2)], ids=str)
+def test_when_all_are_struck_at_once_nothing_is_lost(
+    stage: Stage, faults: FaultTable, strike: Strike, moment: float
+) -> None:
+    problems = strike_all_while_generating(stage, faults, strike, moment)
+    assert not problems, "\n".join(problems)
+
+
 @pytest.mark.parametrize(
     ("one", "everyone", "after"),
     [
@@ -264,6 +332,7 @@ def test_a_death_in_a_batch_loses_nothing(
         pytest.param(KILL_SERVER, KILL_SERVER, 0, marks=pytest.mark.full_only),
         pytest.param(STOP_SCHEDULER, KILL_SCHEDULER, 1, marks=pytest.mark.full_only),
         pytest.param(STOP_SERVER, STOP_SCHEDULER, 3, marks=pytest.mark.full_only),
+        pytest.param(STOP_SCHEDULER, KILL_SERVER, BEHIND_THE_LAST, marks=pytest.mark.full_only),
     ],
     ids=str,
 )
@@ -304,6 +373,26 @@ def test_an_engine_started_again_behind_our_back_serves_nothing(
         faults.record("engine: stale restart", name, message or "; ".join(said), ok)
     pool.shutdown()
     assert ok, (message, said)
+
+
+@pytest.mark.full_only
+def test_an_engine_started_again_behind_our_back_in_an_update_serves_no_mixture(
+    bench: Bench, faults: FaultTable
+) -> None:
+    """It has the weights of its checkpoint in place of the first bucket's."""
+    pool, said = bench.fresh_pool(max_restarts=0)
+    pool.begin_weight_update()
+    for number, bucket in enumerate(make_buckets(bench.weights, BUCKET_BYTES)):
+        if number == 1:
+            bench.restart_unnoticed(0)
+        pool.push_bucket(bucket)
+    pool.end_weight_update(bench.next_version())
+    ok = list(pool.failed) == ["e0"] and pool.engines[0].weight_version == NO_VERSION
+    ok = ok and is_answered_by_one(bench, pool, "generate")
+    pool.shutdown()
+    bench.repair()
+    faults.record("engine: stale restart", "one engine, in an update", "; ".join(said), ok)
+    assert ok, said
 
 
 def _lives(process: psutil.Process) -> bool:
