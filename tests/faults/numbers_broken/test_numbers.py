@@ -156,7 +156,7 @@ def answer(logprob: Any) -> dict[str, Any]:
 def test_an_engine_s_log_prob_that_is_not_finite_is_no_answer(faults: FaultTable, logprob: float | None) -> None:
     request = GenerateRequest("r", np.array([1]), SamplingSettings(8), 0)
     try:
-        outcome = str(read_completions([request], ["r"], answer(logprob), 7))
+        outcome = str(read_completions([request], ["r"], answer(logprob), 7, 1 << 20))
     except BadAnswer as error:
         outcome = str(error)
     ok = "r: the log-prob at position 1 is" in outcome
