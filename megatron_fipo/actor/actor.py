@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -153,11 +154,14 @@ class Actor:
         """The current weights in buckets for the engines, on each rank of `receivers`; every rank must exhaust it.
 
         With `fp8` linear weights are block-quantised on the way (weights/fp8.py). Raises BrokenWeights as
-        `export_weights`.
+        `export_weights`: after the last bucket, which the engines are loading meanwhile, but first where `fp8` would
+        hide such a number.
         """
         gather_parameters(self.chunks)
-        require_finite_weights(self.chunks, self.groups.control, num_updates=self.scheduler.num_steps)
-        return export_buckets(
+        check = partial(require_finite_weights, self.chunks, self.groups.control, num_updates=self.scheduler.num_steps)
+        if fp8:
+            check()
+        yield from export_buckets(
             self.chunks,
             self.arch,
             self.layout,
@@ -167,6 +171,8 @@ class Actor:
             receivers=receivers,
             quantise=fp8,
         )
+        if not fp8:
+            check()
 
     def _packed(
         self,

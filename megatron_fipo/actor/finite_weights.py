@@ -1,4 +1,4 @@
-"""A look at the weights before they leave the actor: what is broken reaches neither an engine nor a checkpoint."""
+"""A look at the weights that leave the actor: what is broken is neither served by an engine nor saved."""
 
 from __future__ import annotations
 
@@ -36,5 +36,5 @@ def require_finite_weights(chunks: Sequence[nn.Module], control: dist.ProcessGro
     if found:
         raise BrokenWeights(
             f"after {num_updates} updates the weights hold numbers that are not finite or beyond {LARGEST_WEIGHT:.2g}: "
-            f"{'; '.join(found)}. They are neither sent to the engines nor saved; resume from the last checkpoint"
+            f"{'; '.join(found)}. They are neither served by an engine nor saved; resume from the last checkpoint"
         )

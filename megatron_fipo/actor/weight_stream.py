@@ -23,7 +23,7 @@ from megatron_fipo.weights.bucket import BucketWriter, WeightBucket, aligned_byt
 from megatron_fipo.weights.buffers import BucketBuffers
 from megatron_fipo.weights.mapping import OUTPUT, hf_parts, hf_shapes_of, write_hf
 
-_LEAST_BUCKETS = 8
+_LEAST_BUCKETS = 4
 _SMALLEST_BYTES = 16 << 20  # below it the calls cost more than the overlap gains
 
 
@@ -110,8 +110,8 @@ def export_buckets(
 
 def bucket_size(total_bytes: int, bucket_bytes: int) -> int:
     """What buckets hold at most: `bucket_bytes`, or less for a model that would be so few of them that packing one does
-    not overlap with loading the one before."""
-    return min(bucket_bytes, max(_SMALLEST_BYTES, -(-total_bytes // _LEAST_BUCKETS)))
+    not overlap with loading the one before: a little over the fourth part, as tensors are not cut."""
+    return min(bucket_bytes, max(_SMALLEST_BYTES, total_bytes // _LEAST_BUCKETS * 17 // 16))
 
 
 def plan(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
+from collections import deque
 from collections.abc import Coroutine
 from concurrent.futures import Future
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -26,38 +26,46 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
     return asyncio.run(kept())
 
 
-class Background(Generic[T]):
-    """A coroutine that runs in a thread of its own, while the caller goes on."""
+class Background:
+    """Coroutines that run in a thread while the caller goes on. There is a thread from the first `start` to `close`."""
 
-    def __init__(self, coroutine: Coroutine[Any, Any, T]) -> None:
-        self._outcome: Future[T] = Future()
-        self._running: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = Future()
-        self._thread = threading.Thread(target=self._run, args=(coroutine,), daemon=True)
-        self._thread.start()
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._running: deque[Future[Any]] = deque()
 
-    def result(self) -> T:
-        """Wait for its end; returns, or raises, what it did. Broken off by a signal, the wait may be taken up again."""
-        return self._outcome.result()
+    def start(self, coroutine: Coroutine[Any, Any, object]) -> None:
+        """Begin with it."""
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+            self._thread.start()
+        self._running.append(asyncio.run_coroutine_threadsafe(coroutine, self._loop))
 
-    def cancel(self) -> None:
-        """End it, and return when its clean-up is through. What it did is lost."""
-        loop, task = self._running.result()
-        if not self._outcome.done():
-            with contextlib.suppress(RuntimeError):  # the loop was closed a moment ago
-                loop.call_soon_threadsafe(task.cancel)
+    def wait(self, *, most_left: int = 0) -> None:
+        """Return when no more than `most_left` run, ended in the order they were started, or raise what one raised."""
+        while len(self._running) > most_left:
+            self._running[0].result()
+            self._running.popleft()
+
+    def close(self) -> None:
+        """End what still runs, its clean-up included, and the thread."""
+        self._running.clear()
+        if self._loop is None or self._thread is None:
+            return
+        asyncio.run_coroutine_threadsafe(_end_others(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+        self._loop.close()
+        self._loop = self._thread = None
 
-    def _run(self, coroutine: Coroutine[Any, Any, T]) -> None:
-        async def kept() -> T:
-            task = asyncio.current_task()
-            assert task is not None
-            self._running.set_result((asyncio.get_running_loop(), task))
-            return await coroutine
 
-        try:
-            self._outcome.set_result(asyncio.run(kept()))
-        except BaseException as error:  # the waiting side's to handle
-            self._outcome.set_exception(error)
+async def _end_others() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+    await asyncio.get_running_loop().shutdown_default_executor()
 
 
 def _show_unless_interrupted(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -79,7 +79,7 @@ class EnginePool:
         self._last_failed = self._members[0]
         self.num_restarts_in_all = 0  # of any engine; never counts down
         self._updating = False
-        self._pushing: Background[Any] | None = None  # the bucket on its way
+        self._pushes = Background()
         self._max_retries = max_retries
         self._max_restarts = max_restarts
         self._interval_s = health_check_interval_s
@@ -199,18 +199,19 @@ class EnginePool:
             member.num_restarts = 0
 
     def push_bucket(self, bucket: WeightBucket) -> None:
-        """Begin to copy a bucket's tensors into every engine, once the one before it is there (`await_pushed`)."""
-        self.await_pushed()
+        """Begin to copy a bucket's tensors into every engine, once no more than one other is on its way: of what became
+        of buckets, `await_pushed` and the calls that follow tell."""
+        in_turn = any(engine.address.update_backend for engine in self.engines)  # as a group's broadcasts must come
+        self._pushes.wait(most_left=0 if in_turn else 1)
+        self._require_one_in_update()
         assert self._updating, "no weight update has begun"
-        members = self._in_state("up", "starting")
-        self._pushing = Background(self._each(members, lambda engine: engine.apush_bucket(bucket)))
+        self._pushes.start(self._each(self._in_state("up", "starting"), lambda engine: engine.apush_bucket(bucket)))
 
     def await_pushed(self) -> None:
-        """Return once the last bucket is in every engine. EngineError when none is left: that ends the update."""
-        if self._pushing is not None:
-            self._pushing.result()
-            self._pushing = None
-            self._require_one_in_update()
+        """Return once all buckets are in every engine. EngineError when none is left: that ends the update."""
+        self._pushes.wait()
+        self._pushes.close()
+        self._require_one_in_update()
 
     def end_weight_update(self, version: int) -> None:
         """Close the update: all engines serve as `version`. EngineError when none is left: that ends the update too."""
@@ -294,8 +295,7 @@ class EnginePool:
         self._require_one("checking that they live")
 
     def shutdown(self) -> None:
-        if self._pushing is not None:
-            self._pushing.cancel()
+        self._pushes.close()
         with ExitStack() as shutdowns:  # calls all of them, and raises what one raised afterwards
             for engine in self.engines:
                 shutdowns.callback(engine.shutdown)
@@ -390,7 +390,8 @@ class EnginePool:
             try:
                 answers[name] = await (watched(member.engine, answer, self._interval_s) if watch else answer)
             except EngineError as failure:
-                await self._set_aside(member, failure)
+                if member.state != "failed":  # of two buckets on their way both break off
+                    await self._set_aside(member, failure)
 
         await together(*(one(member) for member in members))
         return answers

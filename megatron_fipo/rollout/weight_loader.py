@@ -5,6 +5,8 @@ SGLang imports this module in every scheduler process (its server argument `cust
 
 from __future__ import annotations
 
+import functools
+import gc
 from collections import deque
 from collections.abc import Iterable
 from typing import Any
@@ -12,9 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from megatron_fipo.weights.bucket import received_bucket
+from megatron_fipo.weights.checksum import compile_loops, is_compiled
 
 _KEPT = "_megatron_fipo_buffers"
-_NUM_KEPT = 2
+_NUM_KEPT = 3  # as many as the trainer has
 
 
 def load_bucket(model: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -26,6 +29,8 @@ def load_bucket(model: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> None
     """
     for header, flat in named_tensors:
         bucket = received_bucket(header, flat)
+        if is_compiled(flat):
+            _compile_unseen()
         tensors = bucket.verified_tensors()
         model.load_weights(tensors)
         left = [name for name, _ in tensors]  # a generator that was not exhausted has verified nothing
@@ -33,6 +38,15 @@ def load_bucket(model: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> None
             raise ValueError(f"weight bucket refused: SGLang's {type(model).__name__} did not take {left[0]}")
         if bucket.home is not None:
             _keep_mapped(model, bucket.home)
+
+
+@functools.cache
+def _compile_unseen() -> None:
+    """Compile the checksum's loops, and have the garbage collector overlook what the compiler leaves behind: on a CPU
+    SGLang collects at every flush of its cache, before every batch of ours, and numba's objects took 35 ms of it."""
+    compile_loops()
+    gc.collect()
+    gc.freeze()
 
 
 def _keep_mapped(model: Any, flat: Tensor) -> None:

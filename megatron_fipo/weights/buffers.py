@@ -11,7 +11,7 @@ import torch
 import torch.multiprocessing
 from torch import Tensor
 
-_MOST_FREE = 2  # as many as an export has in flight
+_MOST_FREE = 3  # one that is packed and two that engines load
 _STRATEGY_LOCK = threading.Lock()  # torch's sharing strategy is the process's
 
 

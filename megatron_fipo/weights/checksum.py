@@ -37,7 +37,7 @@ class RunningChecksum:
         self._num_seen = 0  # words
         self._rows = torch.zeros(-(-self._words.numel() // ROW_WORDS), dtype=torch.int64, device=flat.device)
         self._columns = torch.zeros(ROW_WORDS, dtype=torch.int64, device=flat.device)
-        self._is_compiled = flat.device.type == "cpu" and flat.numel() >= _LEAST_COMPILED_BYTES
+        self._is_compiled = is_compiled(flat)
 
     def advance(self, end: int, *, lag: int = _AT_ONCE_BYTES) -> None:
         """The bytes before `end` do not change any more: take them in, unless they are fewer than `lag`."""
@@ -74,12 +74,17 @@ class RunningChecksum:
     def _take(self, end: int, source: Tensor | None = None) -> None:
         """Add the words before the `end`-th to their sums, after copying them from `source` if there is one."""
         words, rows, columns = (tensor.numpy() for tensor in (self._words, self._rows, self._columns))
-        add, copy_and_add = _compiled()
+        add, copy_and_add = compile_loops()
         if source is None:
             add(words, self._num_seen, end, rows, columns)
         else:
             copy_and_add(_as_words(source).numpy(), words, self._num_seen, end, rows, columns)
         self._num_seen = end
+
+
+def is_compiled(flat: Tensor) -> bool:
+    """Whether the checksum of `flat` [S] uint8 is made by the compiled loops."""
+    return flat.device.type == "cpu" and flat.numel() >= _LEAST_COMPILED_BYTES
 
 
 def _is_words(tensor: Tensor) -> bool:
@@ -105,7 +110,7 @@ def _add_whole(words: Tensor, rows: Tensor, columns: Tensor) -> None:
 
 
 @functools.cache
-def _compiled() -> tuple[Callable[..., None], Callable[..., None]]:
+def compile_loops() -> tuple[Callable[..., None], Callable[..., None]]:
     """The loops below as machine code, compiled once per process on first use (numba, half a second)."""
     from numba import njit
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
 import time
 
@@ -221,8 +222,8 @@ def test_engines_that_all_fail_to_resume_memory_end_the_update() -> None:
     assert_answered(pool.generate(requests_for(2)), requests_for(2), 1)
 
 
-def test_a_bucket_is_packed_while_the_one_before_is_loaded() -> None:
-    """`push_bucket` returns while the engine loads, and the next call waits for it."""
+def test_buckets_are_packed_while_two_are_on_their_way() -> None:
+    """`push_bucket` returns while the engine loads, but the third call waits for the first."""
     loading, loaded = threading.Event(), threading.Event()
 
     class Slow(FakeEngine):
@@ -236,18 +237,52 @@ def test_a_bucket_is_packed_while_the_one_before_is_loaded() -> None:
     pool.begin_weight_update()
     pool.push_bucket(BUCKET)
     assert loading.wait(10)
+    pool.push_bucket(BUCKET)
     assert engine.calls == ["begin"]
     threading.Timer(0.1, loaded.set).start()
     pool.push_bucket(BUCKET)
     assert engine.calls[:2] == ["begin", "push"]
     pool.end_weight_update(1)
-    assert engine.calls == ["begin", "push", "push", "end"]
+    assert engine.calls == ["begin", "push", "push", "push", "end"]
+
+
+def test_broadcasts_of_buckets_come_one_after_the_other() -> None:
+    loading = []
+
+    class Broadcast(FakeEngine):
+        async def apush_bucket(self, bucket: WeightBucket) -> None:
+            loading.append(1)
+            assert sum(loading) == 1
+            await asyncio.sleep(0.02)
+            loading.append(-1)
+            await super().apush_bucket(bucket)
+
+    engine = Broadcast("e0")
+    engine.address = dataclasses.replace(engine.address, update_backend="gloo")
+    pool, _ = make_pool(engine, health_check_interval_s=60)
+    pool.begin_weight_update()
+    for _ in range(4):
+        pool.push_bucket(BUCKET)
+    pool.end_weight_update(1)
+    assert engine.calls == ["begin", *["push"] * 4, "end"]
+
+
+def test_an_engine_that_fails_two_buckets_at_once_is_set_aside_once() -> None:
+    engines = [FakeEngine("e0", faults=[("push", "broke"), ("push", "broke")]), FakeEngine("e1")]
+    pool, said = make_pool(*engines)
+    pool.begin_weight_update()
+    pool.push_bucket(BUCKET)
+    pool.push_bucket(BUCKET)
+    pool.end_weight_update(1)
+    assert engines[0].calls.count("shutdown") == 1
+    assert said == ["warning: engine e0 broke; it is set aside"]
 
 
 @pytest.mark.parametrize("ending", ["await_pushed", "push_bucket", "end_weight_update"])
-def test_what_became_of_a_bucket_is_told_by_what_follows_it(ending: str) -> None:
-    pool, _ = make_pool(FakeEngine("e0", faults=[("push", "ended")]))
+def test_what_became_of_buckets_is_told_by_what_follows_them(ending: str) -> None:
+    pool, _ = make_pool(FakeEngine("e0", faults=[("push", "ended")] * 2))
     pool.begin_weight_update()
+    pool.push_bucket(BUCKET)
     pool.push_bucket(BUCKET)
     with pytest.raises(EngineError, match="every engine failed in a weight update\n    engine e0 ended"):
         getattr(pool, ending)(*{"push_bucket": [BUCKET], "end_weight_update": [1]}.get(ending, []))

@@ -148,7 +148,14 @@ def test_a_grader_gives_no_verdict_that_is_not_finite(faults: FaultTable) -> Non
 
 def answer(logprob: Any) -> dict[str, Any]:
     triples = [[-0.5, 3, None], [logprob, 4, None]]
-    meta = {"id": "r", "finish_reason": {"type": "stop"}, "weight_version": "7", "output_token_logprobs": triples}
+    meta = {
+        "id": "r",
+        "finish_reason": {"type": "stop", "matched": 4},
+        "weight_version": "7",
+        "prompt_tokens": 1,
+        "completion_tokens": 2,
+        "output_token_logprobs": triples,
+    }
     return {"text": "", "output_ids": [3, 4], "meta_info": meta}
 
 
