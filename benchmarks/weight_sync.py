@@ -18,7 +18,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -31,8 +31,9 @@ import torch.multiprocessing
 from torch import Tensor
 
 from megatron_fipo.actor.weight_stream import bucket_size
+from megatron_fipo.rollout.weight_loader import load_bucket
 from megatron_fipo.weights.architecture import Architecture, hf_shapes, read_architecture
-from megatron_fipo.weights.bucket import WeightBucket, make_buckets, received_bucket
+from megatron_fipo.weights.bucket import WeightBucket, make_buckets
 from megatron_fipo.weights.buffers import BucketBuffers
 from megatron_fipo.weights.checksum import RunningChecksum
 from megatron_fipo.weights.hf_files import HFWeights
@@ -103,14 +104,15 @@ def into_process(title: str, tensors: Tensors, options: argparse.Namespace) -> N
     shapes = [(name, tuple(tensor.shape)) for name, tensor in tensors]
     process = context.Process(target=receive, args=(theirs, shapes), daemon=True)
     process.start()
-    buffers = BucketBuffers()
+    buffers, of_single_tensors = BucketBuffers(), BucketBuffers()
     largest = max(tensor.nbytes for _, tensor in tensors)
     bucket_bytes = bucket_size(sum(tensor.nbytes for _, tensor in tensors), options.bucket_mb << 20)
 
     def send(tensors: Tensors, bytes_at_once: int, is_verified: bool) -> int:
         num_calls, sent = 0, None  # the bucket that the process copies while the next one is packed
         with checksums(is_verified):
-            for bucket in make_buckets(tensors, bytes_at_once, buffers, largest_bytes=largest):
+            pool = buffers if bytes_at_once > 1 else of_single_tensors
+            for bucket in make_buckets(tensors, bytes_at_once, pool, largest_bytes=largest):
                 if sent is not None:
                     assert ours.recv() == len(sent.entries)
                 memory = bucket.flat if bucket.home is None else bucket.home
@@ -136,18 +138,30 @@ def into_process(title: str, tensors: Tensors, options: argparse.Namespace) -> N
 
 
 def receive(connection: Connection, shapes: list[tuple[str, tuple[int, ...]]]) -> None:
-    """Copy every bucket's tensors into tensors of this process until told to stop."""
+    """Copy every bucket's tensors into tensors of this process, as an engine's loader does, until told to stop."""
     torch.set_num_threads(1)
     torch.multiprocessing.set_sharing_strategy("file_system")
-    own = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes}
+    model = Copies(shapes)
     while (message := connection.recv()) is not None:
         header, flat, is_verified = message
-        bucket = received_bucket(header, flat)
-        for name, tensor in bucket.verified_tensors() if is_verified else bucket.tensors():
-            own[name].copy_(tensor)
-        num_tensors = len(bucket.entries)
-        del tensor, flat, bucket
-        connection.send(num_tensors)
+        with checksums(is_verified):
+            load_bucket(model, [(header, flat)])
+        del message, flat
+        connection.send(model.num_taken)
+
+
+class Copies:
+    """A model as the loader knows it."""
+
+    def __init__(self, shapes: list[tuple[str, tuple[int, ...]]]) -> None:
+        self.own = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes}
+        self.num_taken = 0
+
+    def load_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        self.num_taken = 0
+        for name, tensor in tensors:
+            self.own[name].copy_(tensor)
+            self.num_taken += 1
 
 
 def into_engine(tensors: Tensors, options: argparse.Namespace) -> None:
