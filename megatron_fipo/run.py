@@ -220,7 +220,7 @@ class _Stages:
         """Put back what the checkpoint in `directory`, whose run_state is `saved`, holds besides Megatron's state."""
         state = saved["trainer"]["collector"]
         save = self.settings.run.save
-        if save is not None and Path(save).absolute() == directory.parent.absolute():
+        if save is not None and Path(save).resolve() == directory.parent.resolve():
             self._saved_step = saved["step"]
 
         def restore() -> None:

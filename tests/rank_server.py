@@ -57,6 +57,7 @@ class RankServer:
         while (message := self._next_message(ANSWERS_WITHIN_S)) is None or "started" not in message:
             assert message is not None, f"the server of ranks does not answer within {ANSWERS_WITHIN_S} s"
             self._statuses[message["ended"]] = message["status"]
+        self._statuses.pop(message["started"], None)  # of an earlier rank that had the same number
         return ForkedRank(self, message["started"])
 
     def status_of(self, pid: int) -> int | None:

@@ -111,7 +111,6 @@ def snapshot_of(actor: Actor, step: int, trainer_state: Mapping[str, Any] | None
             small_files[RUN_STATE] = json.dumps(state).encode()
 
     def begin() -> None:
-        take_small_files()
         gather_parameters(actor.chunks)
         _begin_optimizer_state(actor)
 
@@ -124,6 +123,7 @@ def snapshot_of(actor: Actor, step: int, trainer_state: Mapping[str, Any] | None
         states.append({**state, "content_metadata": _format(actor)})
 
     # one after the other: a rank that has no memory left must not leave the others waiting in what comes next
+    agreed(take_small_files, control)
     agreed(begin, control)
     agreed(describe, control)
     agreed(lambda: snapshots.append(take_snapshot(states[0], fresh, small_files, control)), control)

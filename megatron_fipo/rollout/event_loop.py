@@ -37,9 +37,10 @@ class Background:
     def start(self, coroutine: Coroutine[Any, Any, object]) -> None:
         """Begin with it."""
         if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-            self._thread.start()
+            loop = asyncio.new_event_loop()
+            thread = threading.Thread(target=loop.run_forever, daemon=True)
+            thread.start()
+            self._loop, self._thread = loop, thread
         self._running.append(asyncio.run_coroutine_threadsafe(coroutine, self._loop))
 
     def wait(self, *, most_left: int = 0) -> None:
@@ -50,14 +51,15 @@ class Background:
 
     def close(self) -> None:
         """End what still runs, its clean-up included, and the thread."""
+        loop, thread = self._loop, self._thread
+        self._loop = self._thread = None  # first: a signal may break this off, and it may be called again
         self._running.clear()
-        if self._loop is None or self._thread is None:
+        if loop is None or thread is None:
             return
-        asyncio.run_coroutine_threadsafe(_end_others(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-        self._loop = self._thread = None
+        asyncio.run_coroutine_threadsafe(_end_others(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
 
 
 async def _end_others() -> None:

@@ -199,11 +199,11 @@ class EnginePool:
             member.num_restarts = 0
 
     def push_bucket(self, bucket: WeightBucket) -> None:
-        """Begin to copy a bucket's tensors into every engine, once no more than one other is on its way: of what became
-        of buckets, `await_pushed` and the calls that follow tell."""
+        """Begin to copy a bucket's tensors into every engine, once at most one is on its way. Later calls raise."""
         in_turn = any(engine.address.update_backend for engine in self.engines)  # as a group's broadcasts must come
         self._pushes.wait(most_left=0 if in_turn else 1)
-        self._require_one_in_update()
+        if not self.num_alive:
+            self.await_pushed()  # which raises, but not before those that failed have ended
         assert self._updating, "no weight update has begun"
         self._pushes.start(self._each(self._in_state("up", "starting"), lambda engine: engine.apush_bucket(bucket)))
 
@@ -295,10 +295,10 @@ class EnginePool:
         self._require_one("checking that they live")
 
     def shutdown(self) -> None:
-        self._pushes.close()
-        with ExitStack() as shutdowns:  # calls all of them, and raises what one raised afterwards
+        with ExitStack() as shutdowns:  # calls all of them, the last first, and raises what one raised afterwards
             for engine in self.engines:
                 shutdowns.callback(engine.shutdown)
+            shutdowns.callback(self._pushes.close)
 
     def __enter__(self) -> EnginePool:
         return self

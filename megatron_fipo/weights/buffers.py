@@ -34,8 +34,11 @@ class BucketBuffers:
         if size_bytes > capacity_bytes:
             home = _shared_memory(size_bytes)
             return home, home
-        self._free = [base for base in self._free if base.numel() == capacity_bytes]
-        base = self._free.pop() if self._free else _shared_memory(capacity_bytes)
+        base: Tensor | None = None
+        while base is None and self._free:  # in place: `_give_back` may be called in another thread meanwhile
+            free = self._free.pop()
+            base = free if free.numel() == capacity_bytes else None
+        base = _shared_memory(capacity_bytes) if base is None else base
         window = base.numpy()  # a new array each time: it dies with the last tensor made of it
         weakref.finalize(window, self._give_back, base).atexit = False
         return torch.from_numpy(window)[:size_bytes], base[:size_bytes]

@@ -67,7 +67,8 @@ def outcome_of(
     at, done = _saved_step(directory), steps_done(directory)
     text = f"ended with {ended.statuses} after {ended.seconds:.1f} s, {at} of {done} steps saved"
     if not set(ended.statuses) <= set(statuses) or "Traceback" in ended.stderr:
-        return f"{text}: {ended.stderr[-500:]}", False
+        first = ended.stderr.find("Traceback")
+        return f"{text}: {ended.stderr[first : first + 3000] if first >= 0 else ended.stderr[-500:]}", False
     if at != done:
         return f"{text}: steps were lost", False
     if ended.seconds > ENDS_WITHIN_S:

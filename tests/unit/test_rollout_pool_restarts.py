@@ -11,6 +11,7 @@ import pytest
 from fake_engines import BUCKET, FakeEngine, address_of, assert_answered, make_pool, requests_for, update
 
 from megatron_fipo.rollout.engine import EngineError, NoEngineLeft
+from megatron_fipo.rollout.event_loop import Background
 from megatron_fipo.rollout.pool import EnginePool
 from megatron_fipo.weights.bucket import WeightBucket
 
@@ -287,6 +288,41 @@ def test_what_became_of_buckets_is_told_by_what_follows_them(ending: str) -> Non
     with pytest.raises(EngineError, match="every engine failed in a weight update\n    engine e0 ended"):
         getattr(pool, ending)(*{"push_bucket": [BUCKET], "end_weight_update": [1]}.get(ending, []))
     assert pool.restart_failed() == ["e0"], "the update is over"
+
+
+def test_an_update_does_not_end_before_the_engines_that_failed_have() -> None:
+    """They are started again next."""
+    ended = threading.Event()
+
+    class SlowToEnd(FakeEngine):
+        def shutdown(self) -> None:
+            time.sleep(0.3)
+            super().shutdown()
+            ended.set()
+
+    pool, _ = make_pool(SlowToEnd("e0", faults=[("push", "broke")] * 4))
+    pool.begin_weight_update()
+    pool.push_bucket(BUCKET)
+    pool.push_bucket(BUCKET)
+    while pool.num_alive:
+        time.sleep(0.001)
+    with pytest.raises(EngineError, match="every engine failed in a weight update"):
+        pool.push_bucket(BUCKET)
+    assert ended.is_set()
+    assert pool.restart_failed() == ["e0"]
+
+
+def test_a_background_may_be_closed_at_any_time_and_used_again() -> None:
+    before = threading.active_count()
+    background = Background()
+    background.close()
+    for _ in range(2):
+        background.start(asyncio.sleep(0))
+        background.wait()
+        background.start(asyncio.sleep(3600))
+        background.close()
+        background.close()
+    assert threading.active_count() == before
 
 
 def test_leaving_the_pool_breaks_off_a_push() -> None:
