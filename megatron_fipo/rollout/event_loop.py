@@ -71,5 +71,9 @@ async def _end_others() -> None:
 
 
 def _show_unless_interrupted(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    if not isinstance(context.get("exception"), KeyboardInterrupt):
+    """Hide a KeyboardInterrupt, and what libraries made of one: aiohttp turns one inside its parser into its own."""
+    error: BaseException | None = context.get("exception")
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    if error is None:
         loop.default_exception_handler(context)
