@@ -281,10 +281,11 @@ def test_an_engine_that_fails_two_buckets_at_once_is_set_aside_once() -> None:
 
 @pytest.mark.parametrize("ending", ["await_pushed", "push_bucket", "end_weight_update"])
 def test_what_became_of_buckets_is_told_by_what_follows_them(ending: str) -> None:
-    pool, _ = make_pool(FakeEngine("e0", faults=[("push", "ended")] * 2))
+    pool, _ = make_pool(FakeEngine("e0", faults=[("push", "ended")]))
     pool.begin_weight_update()
     pool.push_bucket(BUCKET)
-    pool.push_bucket(BUCKET)
+    while pool.num_alive:
+        time.sleep(0.001)
     with pytest.raises(EngineError, match="every engine failed in a weight update\n    engine e0 ended"):
         getattr(pool, ending)(*{"push_bucket": [BUCKET], "end_weight_update": [1]}.get(ending, []))
     assert pool.restart_failed() == ["e0"], "the update is over"
@@ -300,9 +301,8 @@ def test_an_update_does_not_end_before_the_engines_that_failed_have() -> None:
             super().shutdown()
             ended.set()
 
-    pool, _ = make_pool(SlowToEnd("e0", faults=[("push", "broke")] * 4))
+    pool, _ = make_pool(SlowToEnd("e0", faults=[("push", "broke")]))
     pool.begin_weight_update()
-    pool.push_bucket(BUCKET)
     pool.push_bucket(BUCKET)
     while pool.num_alive:
         time.sleep(0.001)
