@@ -97,6 +97,8 @@ def _checked_run(settings: Settings, signals: Signals, is_rank_zero: bool) -> in
         except (EngineError, EngineDisagrees, GuardStopped, BrokenWeights, AnotherRankFailed) as error:
             return _fail(error, RUN_FAILED, is_rank_zero)
         except RankZeroFailed:
+            if signals.received:  # by all ranks, and rank 0 was the first to act on it
+                return _interrupted(signals.received[0], settings.run.save, is_rank_zero)
             return RUN_FAILED  # rank 0 says why
     return 0 if is_finished else REQUEUE
 
