@@ -71,7 +71,7 @@ class NodeEngines:
     def push(
         self, buckets: Iterator[WeightBucket], arch: Architecture, *, with_checksums: bool
     ) -> list[dict[str, str]] | None:
-        """Push every bucket, exhausting the stream whatever fails: the next one is packed while one is loaded.
+        """Push every bucket, exhausting the stream whatever fails: the next one is packed while two are on their way.
         `with_checksums`: returns what the engines must say they hold afterwards, per tensor-parallel rank, computed
         from the buckets as they pass."""
 

@@ -21,12 +21,11 @@ from megatron_fipo.types import Completion, GenerateRequest
 
 T = TypeVar("T")
 
+_ALL_TAGS: tuple[MemoryTag, ...] = ("kv_cache", "weights")
+
 
 class AnotherRankFailed(RuntimeError):
     """What the other ranks raise when one could not move its tensors; that one raises the real error."""
-
-
-_ALL_TAGS: tuple[MemoryTag, ...] = ("kv_cache", "weights")
 
 
 class HybridEngine:

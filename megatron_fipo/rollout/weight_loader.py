@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_fipo.weights.bucket import received_bucket
-from megatron_fipo.weights.checksum import compile_loops, is_compiled
+from megatron_fipo.weights.checksum import compile_loop, is_compiled
 
 _KEPT = "_megatron_fipo_buffers"
 _NUM_KEPT = 3  # as many as the trainer has
@@ -42,9 +42,9 @@ def load_bucket(model: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> None
 
 @functools.cache
 def _compile_unseen() -> None:
-    """Compile the checksum's loops, and have the garbage collector overlook what the compiler leaves behind: on a CPU
+    """Compile the checksum's loop, and have the garbage collector overlook what the compiler leaves behind: on a CPU
     SGLang collects at every flush of its cache, before every batch of ours, and numba's objects took 35 ms of it."""
-    compile_loops()
+    compile_loop()
     gc.collect()
     gc.freeze()
 

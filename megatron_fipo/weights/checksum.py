@@ -74,16 +74,13 @@ class RunningChecksum:
     def _take(self, end: int, source: Tensor | None = None) -> None:
         """Add the words before the `end`-th to their sums, after copying them from `source` if there is one."""
         words, rows, columns = (tensor.numpy() for tensor in (self._words, self._rows, self._columns))
-        add, copy_and_add = compile_loops()
-        if source is None:
-            add(words, self._num_seen, end, rows, columns)
-        else:
-            copy_and_add(_as_words(source).numpy(), words, self._num_seen, end, rows, columns)
+        given = None if source is None else _as_words(source).numpy()
+        compile_loop()(given, words, self._num_seen, end, rows, columns)
         self._num_seen = end
 
 
 def is_compiled(flat: Tensor) -> bool:
-    """Whether the checksum of `flat` [S] uint8 is made by the compiled loops."""
+    """Whether the checksum of `flat` [S] uint8 is made by the compiled loop."""
     return flat.device.type == "cpu" and flat.numel() >= _LEAST_COMPILED_BYTES
 
 
@@ -110,43 +107,30 @@ def _add_whole(words: Tensor, rows: Tensor, columns: Tensor) -> None:
 
 
 @functools.cache
-def compile_loops() -> tuple[Callable[..., None], Callable[..., None]]:
-    """The loops below as machine code, compiled once per process on first use (numba, half a second)."""
+def compile_loop() -> Callable[..., None]:
+    """The loop below as machine code, with and without a source, compiled once per process on first use (numba, half a
+    second)."""
     from numba import njit
 
-    add: Callable[..., None] = njit("(i8[::1], i8, i8, i8[::1], i8[::1])", nogil=True)(_add)
-    copy_and_add: Callable[..., None] = njit("(i8[::1], i8[::1], i8, i8, i8[::1], i8[::1])", nogil=True)(_copy_and_add)
-    return add, copy_and_add
+    sums = "i8[::1], i8, i8, i8[::1], i8[::1]"
+    compiled: Callable[..., None] = njit([f"(none, {sums})", f"(i8[::1], {sums})"], nogil=True)(_add)
+    return compiled
 
 
-def _add(words: Any, start: int, end: int, rows: Any, columns: Any) -> None:
-    """As `_add_whole`, of the words from `start` to `end`; numpy, int64."""
+def _add(source: Any, words: Any, start: int, end: int, rows: Any, columns: Any) -> None:
+    """As `_add_whole`, of the words from `start` to `end`, after copying them from `source` [end - start] where that is
+    not None; numpy, int64."""
     at = start
     while at < end:
         row, column = at // ROW_WORDS, at % ROW_WORDS
         part = words[at : min(at - column + ROW_WORDS, end)]
+        given = part if source is None else source[at - start : at - start + part.size]
         sums = columns[column : column + part.size]
         total = 0
         for i in range(part.size):
-            word = part[i]
-            sums[i] += word
-            total += word
-        rows[row] += total
-        at += part.size
-
-
-def _copy_and_add(source: Any, words: Any, start: int, end: int, rows: Any, columns: Any) -> None:
-    """As `_add`, of words that are copied from `source` [end - start]."""
-    at = start
-    while at < end:
-        row, column = at // ROW_WORDS, at % ROW_WORDS
-        target = words[at : min(at - column + ROW_WORDS, end)]
-        part = source[at - start : at - start + target.size]
-        sums = columns[column : column + part.size]
-        total = 0
-        for i in range(part.size):
-            word = part[i]
-            target[i] = word
+            word = given[i]
+            if source is not None:
+                part[i] = word
             sums[i] += word
             total += word
         rows[row] += total
