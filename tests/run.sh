@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Sets up what is missing, then runs the tests:
-#   bash tests/run.sh [unit|kernels|distributed|e2e|faults|faults all|all] [pytest arguments]
+#   bash tests/run.sh [unit|kernels|tools|distributed|e2e|faults|faults all|cluster|all] [pytest arguments]
 #
 # `unit` includes ruff and mypy; `kernels` runs the Triton kernels under Triton's interpreter, on the CPU; `faults`
-# injects a fixed choice of faults, `faults all` every one. Stops at the first part that fails. However it ends, no
-# process is left behind.
+# injects a fixed choice of faults, `faults all` every one. `cluster` runs on a Slurm and in network namespaces of its
+# own; it needs root, installs Debian's Slurm and iproute2 where they are missing, and is run only when it is asked
+# for: `all` leaves it out. Stops at the first part that fails. However it ends, no process is left behind.
 set -euo pipefail
 
 # A shell that starts this in its background makes it ignore SIGINT, which bash cannot undo by itself.
@@ -80,6 +81,7 @@ part() {
         run "$PYTHON" -m mypy || status=1
         [[ $status == 0 ]] || return 1
     fi
+    [[ $name != cluster ]] || cluster_programs || return 1
     local settings=()
     if [[ $name == kernels ]]; then
         run bash examples/setup_env.sh kernels || return 1
@@ -96,11 +98,33 @@ part() {
     [[ $status == 0 ]] || { [[ $status == 5 && $# -gt 0 ]]; }
 }
 
-PARTS=(unit kernels distributed e2e faults)
+# What the cluster part needs and Debian has: Slurm's commands and daemons, munge, and `ip`.
+cluster_programs() {
+    local missing=() program
+    for program in sbatch slurmctld slurmd munged ip; do
+        PATH=$PATH:/usr/sbin:/sbin command -v "$program" >/dev/null || missing+=("$program")
+    done
+    local install=(apt-get install -y --no-install-recommends slurm-wlm slurmctld slurmd munge iproute2)
+    if [[ $(id -u) != 0 ]]; then
+        [[ ${#missing[@]} == 0 ]] || printf 'tests: %s missing; install with: sudo %s\n' "${missing[*]}" "${install[*]}" >&2
+        printf 'tests: cluster needs root, for namespaces and daemons; run: sudo bash tests/run.sh cluster\n' >&2
+        return 1
+    fi
+    [[ ${#missing[@]} != 0 ]] || return 0
+    printf 'tests: installing %s\n' "${install[*]:4}" >&2
+    local said
+    # RUNLEVEL: no daemon is started; the tests start theirs with a configuration of their own
+    if ! said=$(export DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 && apt-get update -qq 2>&1 && "${install[@]}" 2>&1); then
+        printf '%s\ntests: this failed: %s\n' "$said" "${install[*]}" >&2
+        return 1
+    fi
+}
+
+PARTS=(unit kernels tools distributed e2e faults)
 ALL_FAULTS=0
 LEAST_FAULTS=(300 600) # of the fixed choice, and of all
 case ${1:-all} in
-    unit | kernels | distributed | e2e) PARTS=("$1") && shift ;;
+    unit | kernels | tools | distributed | e2e | cluster) PARTS=("$1") && shift ;;
     faults)
         PARTS=(faults) && shift
         [[ ${1:-} != all ]] || { ALL_FAULTS=1 && shift; }
@@ -108,11 +132,14 @@ case ${1:-all} in
     all) shift $(($# > 0)) ;;
     -* | *::* | */*) ;; # pytest arguments alone
     *)
-        printf 'tests/run.sh: %s is no part of the tests; parts are unit, kernels, distributed, e2e, faults, all\n' "$1" >&2
+        printf 'tests/run.sh: %s is no part of the tests; parts are unit, kernels, tools, distributed, e2e, faults, cluster, all\n' "$1" >&2
         exit 2
         ;;
 esac
 
+if [[ ${#PARTS[@]} -gt 1 ]]; then
+    printf 'tests: without the cluster part (bash tests/run.sh cluster: Slurm and network namespaces, needs root)\n' >&2
+fi
 cd "$ROOT"
 export OMP_NUM_THREADS=1
 export SPT_NOENV=1 # SGLang's setproctitle keeps the environment, and with it the mark, readable in /proc
