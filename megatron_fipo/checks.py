@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_fipo.arguments import Settings
+from megatron_fipo.arguments import Settings, architecture_differences
 from megatron_fipo.config import require
-from megatron_fipo.flags.megatron_table import contradictions, flag_of_field
+from megatron_fipo.flags.megatron_table import flag_of_field
+from megatron_fipo.gpu_packages import check_gpu_packages, find_packages
 from megatron_fipo.losses.custom import load_custom_loss
 from megatron_fipo.megatron_config import MegatronSettings
 from megatron_fipo.metrics.records import EVALUATIONS_FILE, METRICS_FILE, SAMPLES_FILE
@@ -23,8 +24,6 @@ from megatron_fipo.weights.architecture import (
     Architecture,
     check_layout,
     read_architecture,
-    to_gpt_model_fields,
-    to_transformer_fields,
 )
 from megatron_fipo.weights.hf_files import HFWeights, check_hf_shapes, check_replaceable
 
@@ -81,6 +80,9 @@ def check_run(settings: Settings, environment: Mapping[str, str]) -> Checked:
         load_custom_loss(settings.correction.custom_loss_function_path)
     transformer_impl = choose_transformer_impl(settings, device)
     check_layer_flags(settings.megatron, arch, transformer_impl)
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    machine = find_packages(capability, torch.version.cuda)
+    check_gpu_packages(transformer_impl, settings.megatron.transformer, arch, layout.tp, machine)
     return Checked(layout, device, transformer_impl, arch, weights)
 
 
@@ -106,7 +108,13 @@ def choose_device(wanted: str) -> torch.device:
     """The device of this rank, as `--device` wants it. Raises ValueError when the one asked for is not there."""
     has_cuda = torch.cuda.is_available()
     require(wanted != "cuda" or has_cuda, "--device", wanted, "cpu or auto: no CUDA device is visible")
-    if has_cuda and wanted != "cpu":
+    require(
+        wanted != "cpu" or not has_cuda,
+        "--device",
+        wanted,
+        "cuda or auto where a CUDA device is visible: hide it with CUDA_VISIBLE_DEVICES= to train on the CPU",
+    )
+    if has_cuda:
         device = torch.device("cuda", _own_device(os.environ, torch.cuda.device_count()))
         torch.cuda.set_device(device)
         return device
@@ -184,13 +192,7 @@ def check_checkpoint(settings: Settings, layout: ParallelLayout) -> tuple[Archit
     """
     directory = settings.run.hf_checkpoint
     arch = read_architecture(directory)
-    derived = {
-        **to_transformer_fields(arch),
-        **to_gpt_model_fields(arch),
-        "vocab_size": arch.vocab_size,
-        "group_query_attention": arch.num_query_groups != arch.num_attention_heads,
-    }
-    differences = contradictions({**settings.megatron.transformer, **settings.megatron.model}, derived)
+    differences = architecture_differences(settings.megatron, arch)
     if differences:
         raise ValueError("; ".join(differences))
     check_layout(arch, layout)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_fipo.actor import pipeline
 from megatron_fipo.actor.finite_weights import require_finite_weights
+from megatron_fipo.actor.fp8_scaling import DelayedScaling, has_delayed_scaling
 from megatron_fipo.actor.model import build_policy, gather_parameters, transformer_config
 from megatron_fipo.actor.optimizer import build_optimizer, build_scheduler
 from megatron_fipo.actor.owned_tensors import require_on_device
@@ -56,6 +57,8 @@ class Actor:
     max_response_len: int
     row_multiple: int  # what the rows of a rank's packs are padded to a multiple of
     share_prompts: bool  # compute a prompt that samples of a micro-batch share once
+    even_micro_batches: bool  # every rank runs as many as the one with the most
+    scaling: DelayedScaling | None  # None unless that is the FP8 recipe
     reference: ReferenceWeights | None  # the weights of --hf-checkpoint; None without a KL term
     buffers: BucketBuffers = field(default_factory=BucketBuffers)
 
@@ -76,7 +79,7 @@ class Actor:
             first_of += [num_before] * len(packed)
             num_before += len(mini_batch)
         sequences = [sequence for mini_batch in mini_batches for sequence in mini_batch]
-        outputs = pipeline.forward_logprobs(self.chunks, batches)
+        outputs = self._forward(batches)
         logprobs: dict[int, Tensor] = {}
         entropies: dict[int, Tensor] = {}
         for batch, first, output in zip(batches, first_of, outputs):
@@ -174,6 +177,14 @@ class Actor:
         if not fp8:
             check()
 
+    def _forward(self, batches: Sequence[PackedBatch]) -> list[Tensor]:
+        """The forward-only pass, under the very scales of the update that follows."""
+        if self.scaling is None:
+            return pipeline.forward_logprobs(self.chunks, batches)
+        few = batches[: self.layout.pp if self.layout.vpp > 1 else 1]
+        with self.scaling.as_in_training(partial(pipeline.forward_logprobs, self.chunks, few)) as make_scales:
+            return pipeline.forward_logprobs(self.chunks, batches, make_scales)
+
     def _packed(
         self,
         sequences: Sequence[TrainSequence],
@@ -199,8 +210,9 @@ class Actor:
     def _micro_batches(self, sequences: Sequence[TrainSequence]) -> list[list[int]]:
         """As few as the token budget allows, and as many as the schedule and the other ranks ask for.
 
-        Interleaved stages take micro-batches in rounds of pp. Expert-parallel ranks exchange tokens in every layer, so
-        all ranks run the same number (collective over all ranks then).
+        Interleaved stages take micro-batches in rounds of pp. Expert-parallel ranks exchange tokens in every layer, and
+        data-parallel ranks with delayed scaling their amaxes after every micro-batch, so then all ranks run the same
+        number (collective over all ranks).
         """
         layout = self.layout
         max_tokens = padded_length(self.max_tokens_per_micro_batch * layout.cp, layout.cp)
@@ -219,11 +231,11 @@ class Actor:
             else:
                 batches = micro_batches(lengths, max_tokens, at_least=at_least)
             wanted = -(-len(batches) // unit) * unit
-            if layout.ep > 1:
+            if self.even_micro_batches:
                 most = torch.tensor(wanted)
                 dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.groups.control)
                 wanted = int(most)
-            if wanted == at_least or (len(batches) == wanted and layout.ep == 1):
+            if wanted == at_least or (len(batches) == wanted and not self.even_micro_batches):
                 return batches
             at_least = wanted
 
@@ -302,6 +314,7 @@ def build_actor(
     reference = copy_weights(chunks) if keep_reference else None
     config.finalize_model_grads_func = finalize_model_grads
     config.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
+    is_delayed = has_delayed_scaling(config)
     built = build_optimizer(chunks, params_dtype=params_dtype, overrides=optimizer)
     return Actor(
         arch=arch,
@@ -318,5 +331,7 @@ def build_actor(
         * (QUANTISED_ROWS if config.fp8 or config.fp4 else 1),
         # Transformer Engine's kernels know sequences, not shared prompts, and a cut sequence has no prompt to share
         share_prompts=transformer_impl == "local" and layout.cp == 1,
+        even_micro_batches=layout.ep > 1 or (is_delayed and layout.dp > 1 and not config.tp_only_amax_red),
+        scaling=DelayedScaling(chunks) if is_delayed else None,
         reference=reference,
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
@@ -69,6 +70,7 @@ def transformer_config(
         "moe_token_dispatcher_type": "alltoall",  # asked for by variable_seq_lengths, for dense models too
         "calculate_per_token_loss": True,  # one division, by the global count, after the last micro-batch
         "deallocate_pipeline_outputs": True,
+        "gradient_accumulation_fusion": True,  # Megatron-LM's default: weight gradients are added in the GEMM
         # weights come from the checkpoint; initialisation still has to run, it marks what is tensor parallel
         "init_method": _leave_uninitialised,
         "output_layer_init_method": _leave_uninitialised,
@@ -103,6 +105,15 @@ class PolicyModel(GPTModel):
         if model_takes_output_processor():
             kwargs.update(output_processor=policy_output, output_processor_context=self.head)
         return super().forward(*args, **kwargs)
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """megatron-core's, with Transformer Engine's extra states empty: they are pickles, which no checkpoint of ours
+        holds, and what is in them is kept as tensors (fp8_scaling.py)."""
+        state = super().sharded_state_dict(*args, **kwargs)
+        for entry in state.values():
+            if isinstance(entry, ShardedObject) and "_extra_state" in entry.key and isinstance(entry.data, Tensor):
+                entry.data = entry.data.new_empty(0)
+        return state
 
     def _preprocess(self, **kwargs: Any) -> tuple[Any, ...]:
         packed = kwargs["packed_seq_params"]
@@ -217,6 +228,14 @@ def _block_spec(config: TransformerConfig, num_layers: int, transformer_impl: st
     if transformer_impl == "local":
         return local_block_spec(config, num_layers)
     if transformer_impl == "transformer_engine":
+        try:
+            import transformer_engine.pytorch  # noqa: F401  # megatron-core would take a broken one for an absent one
+        except (ImportError, OSError, RuntimeError) as error:
+            raise ValueError(
+                "--transformer-impl is 'transformer_engine', but Transformer Engine cannot be loaded: "
+                f"{' '.join(str(error).split())}. Build it against this torch: "
+                "pip install --no-build-isolation -r requirements/gpu.txt"
+            ) from error
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=chunk_index)

@@ -57,12 +57,25 @@ class UpdateOutcome:
     skipped_for: Culprit | None  # what was not finite, on any rank; None: the step was made
 
 
-def forward_logprobs(chunks: Sequence[DistributedDataParallel], batches: Sequence[PackedBatch]) -> list[Tensor]:
-    """Forward only: `[2, T]` log-probs and entropies per micro-batch on the last stage, nothing on the others."""
+def forward_logprobs(
+    chunks: Sequence[DistributedDataParallel],
+    batches: Sequence[PackedBatch],
+    after_each: Callable[[], None] | None = None,
+) -> list[Tensor]:
+    """Forward only: `[2, T]` log-probs and entropies per micro-batch on the last stage, nothing on the others.
+
+    `after_each` is called when a chunk has run a micro-batch, before the next one begins.
+    """
     for chunk in chunks:
         chunk.eval()
     with torch.no_grad():
-        outputs = _run(chunks, batches, lambda batch, output: (output.new_zeros(()), output), forward_only=True)
+        outputs = _run(
+            chunks,
+            batches,
+            lambda batch, output: (output.new_zeros(()), output),
+            forward_only=True,
+            after_each=after_each,
+        )
     for chunk in chunks:
         chunk.train()
     return outputs
@@ -159,10 +172,14 @@ def _run(
     loss_of: Callable[[PackedBatch, Tensor], tuple[Any, ...]],
     *,
     forward_only: bool,
+    after_each: Callable[[], None] | None = None,
 ) -> list[Any]:
     def forward_step(batches: Iterator[PackedBatch], stage: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         batch = next(batches)
-        return run_model(stage, batch), functools.partial(loss_of, batch)
+        output = run_model(stage, batch)
+        if after_each is not None:
+            after_each()
+        return output, functools.partial(loss_of, batch)
 
     interleaved = len(chunks) > 1
     return get_forward_backward_func()(

@@ -97,7 +97,8 @@ def test_a_machine_with_cuda_uses_the_ranks_own_device(checkpoint: Path, monkeyp
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert choose_device(parse(checkpoint).megatron.device) == torch.device("cuda", 3)
-    assert choose_device(parse(checkpoint, "--device", "cpu").megatron.device) == torch.device("cpu")
+    with pytest.raises(ValueError, match="--device is 'cpu', but must be cuda or auto where a CUDA device is visible"):
+        choose_device(parse(checkpoint, "--device", "cpu").megatron.device)
     monkeypatch.delenv("LOCAL_RANK")
     monkeypatch.setenv("SLURM_LOCALID", "1")
     assert choose_device(parse(checkpoint, "--device", "cuda").megatron.device) == torch.device("cuda", 1)
@@ -110,6 +111,23 @@ def test_layers_are_transformer_engines_on_cuda_unless_told_otherwise(checkpoint
     assert choose_transformer_impl(parse(checkpoint, "--transformer-impl", "local"), cuda) == "local"
     with pytest.raises(ValueError, match="--transformer-impl is 'transformer_engine', but must be local where"):
         choose_transformer_impl(parse(checkpoint, "--transformer-impl", "transformer_engine"), torch.device("cpu"))
+
+
+def test_a_gpu_without_transformer_engine_is_told_what_to_install(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPU is made up, the absence is real."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for flags in ((), ("--transformer-impl", "transformer_engine")):
+        with pytest.raises(ValueError, match="Transformer Engine is not installed: pip install --no-build-isolation"):
+            check_run(parse(checkpoint, *flags, output_dir=tmp_path), ALONE)
+    with pytest.raises(ValueError, match="NVIDIA's Apex, but Apex is not installed: APEX_CPP_EXT=1"):
+        check_run(parse(checkpoint, "--transformer-impl", "local", output_dir=tmp_path), ALONE)
+    flags = ("--transformer-impl", "local", "--no-gradient-accumulation-fusion")
+    assert check_run(parse(checkpoint, *flags, output_dir=tmp_path), ALONE).transformer_impl == "local"
 
 
 def test_a_checkpoint_that_fits_comes_back_read(checkpoint: Path) -> None:
