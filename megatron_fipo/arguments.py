@@ -10,7 +10,8 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from megatron_fipo.config import (
     LOSS_SETTINGS,
@@ -24,11 +25,16 @@ from megatron_fipo.config import (
 )
 from megatron_fipo.data_config import DataSettings
 from megatron_fipo.flags.command_line import Given, read_arguments
+from megatron_fipo.flags.megatron_meaning import pretraining_notes, settled
+from megatron_fipo.flags.megatron_table import contradictions
 from megatron_fipo.flags.presets import PRESETS
 from megatron_fipo.flags.render import help_text, megatron_help_text, sglang_help_text
 from megatron_fipo.flags.table import DEFAULT_ALGORITHM, all_options
 from megatron_fipo.megatron_config import MegatronSettings
 from megatron_fipo.run_config import EngineSettings, GuardSettings, RunSettings
+
+if TYPE_CHECKING:
+    from megatron_fipo.weights.architecture import Architecture
 
 S = TypeVar("S")
 
@@ -146,7 +152,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
     given, notes = read_arguments(words, options)
     settings = settings_from(given, notes)
     if "command.print_config" in given:  # also of settings that lack the model or the data
-        _print_and_stop(config_text(settings))
+        _print_and_stop(config_text(_compared(settings)))
     model, data = settings.run.hf_checkpoint, settings.data
     require(bool(model), "--hf-checkpoint", model, "the directory of a Hugging Face model")
     has_prompts = data.task is not None or data.prompt_data is not None
@@ -154,10 +160,39 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
     return settings
 
 
+def architecture_differences(megatron: MegatronSettings, arch: Architecture) -> list[str]:
+    """One line for every flag that contradicts the checkpoint's architecture."""
+    from megatron_fipo.weights.architecture import to_gpt_model_fields, to_transformer_fields
+
+    derived = {
+        **to_transformer_fields(arch),
+        **to_gpt_model_fields(arch),
+        "vocab_size": arch.vocab_size,
+        "group_query_attention": arch.num_query_groups != arch.num_attention_heads,
+    }
+    return contradictions({**megatron.transformer, **megatron.model}, derived)
+
+
+def _compared(settings: Settings) -> Settings:
+    """The settings, after the flags of the architecture were compared with the checkpoint, where that is at hand."""
+    directory = settings.run.hf_checkpoint
+    if not directory:
+        return settings
+    if not Path(directory, "config.json").is_file():
+        note = f"{directory} holds no config.json: flags of the architecture were not compared with it"
+        return dataclasses.replace(settings, notes=(*settings.notes, note))
+    from megatron_fipo.weights.architecture import read_architecture  # imports torch
+
+    differences = architecture_differences(settings.megatron, read_architecture(directory))
+    if differences:
+        raise ValueError("; ".join(differences))
+    return settings
+
+
 def settings_from(given: Mapping[str, Given], notes: Sequence[str] = ()) -> Settings:
     """Defaults, then the preset, then what was given; checked and resolved. Raises ValueError like parse_arguments."""
     preset = PRESETS[given["preset"].value] if "preset" in given else {}
-    explicit = {setting: entry.value for entry in given.values() for setting in entry.option.settings}
+    explicit, meant = settled({s: entry.value for entry in given.values() for s in entry.option.settings})
     values: dict[str, Any] = {**_fitted(preset, explicit), **explicit}
     algorithm = values.get("algorithm", DEFAULT_ALGORITHM)
     _check_algorithm(algorithm, preset, given)
@@ -182,7 +217,8 @@ def settings_from(given: Mapping[str, Given], notes: Sequence[str] = ()) -> Sett
     }
     origin = {setting: "flag" if setting in explicit else "preset" for setting in values}
     provenance = {setting: origin.get(setting, "default") for setting, _ in _flat(algorithm, sections)}
-    notes = (*notes, *_evaluation_notes(sections["data"]))
+    odd = pretraining_notes(sections["run"], batch, sections["megatron"])
+    notes = (*notes, *meant, *odd, *_evaluation_notes(sections["data"]))
     return Settings(algorithm=cast(Algorithm, algorithm), **sections, provenance=provenance, notes=notes)
 
 
@@ -290,6 +326,15 @@ def _check_given(
             given["check.seq_length"].value >= longest,
             "--seq-length",
             given["check.seq_length"].value,
+            f">= --rollout-max-prompt-len ({rollout.rollout_max_prompt_len}) + --rollout-max-response-len "
+            f"({rollout.rollout_max_response_len}) = {longest}",
+        )
+    if "megatron.model.max_sequence_length" in given:
+        longest = rollout.rollout_max_prompt_len + rollout.rollout_max_response_len
+        require(
+            given["megatron.model.max_sequence_length"].value >= longest,
+            "--max-position-embeddings",
+            given["megatron.model.max_sequence_length"].value,
             f">= --rollout-max-prompt-len ({rollout.rollout_max_prompt_len}) + --rollout-max-response-len "
             f"({rollout.rollout_max_response_len}) = {longest}",
         )

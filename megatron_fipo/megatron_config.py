@@ -92,10 +92,6 @@ class MegatronSettings:
         for name in ("tensor_model", "pipeline_model", "context", "expert_model", "expert_tensor"):
             flag, size = f"--{name.replace('_', '-')}-parallel-size", getattr(self, f"{name}_parallel_size")
             require(size is None or size >= 1, flag, size, ">= 1")
-        coefficient = self.transformer.get("moe_aux_loss_coeff", 0)
-        require(
-            coefficient == 0, "--moe-aux-loss-coeff", coefficient, "0: a policy is trained on its policy loss alone"
-        )
         self._check_virtual_stages()
         require(
             not self.sequence_parallel or self.tensor_model_parallel_size > 1,
@@ -104,8 +100,6 @@ class MegatronSettings:
             f"used with --tensor-model-parallel-size ({self.tensor_model_parallel_size}) > 1",
         )
         require(0 <= self.lr < 1, "--lr", self.lr, "in [0, 1)")
-        min_lr = self.optimizer.get("min_lr", 0.0)
-        require(0 <= min_lr <= self.lr, "--min-lr", min_lr, f"between 0 and --lr ({self.lr})")
         require(self.lr_warmup_iters >= 0, "--lr-warmup-iters", self.lr_warmup_iters, ">= 0 updates")
         require(0 <= self.weight_decay < 1, "--weight-decay", self.weight_decay, "in [0, 1)")
         require(self.clip_grad >= 0, "--clip-grad", self.clip_grad, ">= 0")

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_fipo.flags.megatron_lm_names import MEGATRON_LM_FLAGS
-from megatron_fipo.flags.megatron_unsupported import IGNORED_FLAGS, unsupported_reason
+from megatron_fipo.flags.megatron_ignored import IGNORED_FLAGS, ignored_note
+from megatron_fipo.flags.megatron_lm_names import FORMER_FLAGS, MEGATRON_LM_FLAGS
+from megatron_fipo.flags.megatron_unsupported import NEWER_CORE, unsupported_reason
 from megatron_fipo.flags.option import VALUE, Option, parse_value
 from megatron_fipo.flags.sglang_names import SGLANG_VERSION
 from megatron_fipo.flags.sglang_table import PREFIX, refused_sglang_flags
@@ -30,26 +31,39 @@ def read_arguments(argv: Sequence[str], options: Sequence[Option]) -> tuple[dict
     flags that say different things about one setting are an error. Flags are never abbreviated. A value that begins
     with two dashes is written `--flag=--value`.
 
-    Raises ValueError with one line that names the flag, the value found and the value wanted.
+    Raises ValueError with one line that says of every flag amiss what is wrong with it: the flag, the value found and
+    the value wanted.
     """
     by_flag = {flag: option for option in options for flag in option.flags}
     given: dict[str, Given] = {}
     notes: list[str] = []
-    words = list(_flags_with_values(argv))
-    unknown = [flag for flag, _ in words if flag not in by_flag and flag not in IGNORED_FLAGS]
-    if unknown:
-        raise ValueError("; ".join(_explain(flag, by_flag) for flag in dict.fromkeys(unknown)))
-    for flag, values in words:
-        if flag in IGNORED_FLAGS:
-            notes.append(f"{flag} {' '.join(values)} has no effect: {IGNORED_FLAGS[flag]}")
+    errors: list[str] = []
+    last_words = dict(_flags_with_values(argv))
+    for flag, values in last_words.items():
+        option = by_flag.get(flag)
+        if option is None and flag not in IGNORED_FLAGS:
+            errors.append(_explain(flag, by_flag))
             continue
-        option = by_flag[flag]
-        value = _value(flag, values, option)
-        earlier = given.get(option.setting)
-        if earlier is not None and earlier.flag != flag and earlier.value != value:
-            raise ValueError(f"{earlier.flag} and {flag} contradict each other: give one of them")
-        given[option.setting] = Given(option, flag, value)
+        try:
+            note = ignored_note(flag, values, is_option=option is not None)
+            if note is None:
+                assert option is not None
+                _give(given, option, flag, _value(flag, values, option))
+            elif note:
+                notes.append(note)
+        except ValueError as error:
+            errors.append(str(error))
+    if errors:
+        raise ValueError("; ".join(errors))
     return given, notes
+
+
+def _give(given: dict[str, Given], option: Option, flag: str, value: Any) -> None:
+    """Note what a flag says, unless another flag says otherwise."""
+    earlier = given.get(option.setting)
+    if earlier is not None and earlier.value != value:
+        raise ValueError(f"{earlier.flag} and {flag} contradict each other: give one of them")
+    given[option.setting] = Given(option, flag, value)
 
 
 def _flags_with_values(argv: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
@@ -90,8 +104,8 @@ def _explain(flag: str, by_flag: Mapping[str, Option]) -> str:
     refused = refused_sglang_flags()
     if flag in refused:
         return f"{flag} is decided by the run itself: {refused[flag]}"
-    if flag in MEGATRON_LM_FLAGS:
-        reason = unsupported_reason(flag)
+    if flag in MEGATRON_LM_FLAGS or flag in FORMER_FLAGS:
+        reason = "it needs a newer megatron-core" if flag in NEWER_CORE else unsupported_reason(flag)
         return f"{flag} is a Megatron-LM flag that is not supported here" + (f": {reason}" if reason else "")
     text = f"unknown flag {flag}"
     if flag.startswith(PREFIX):

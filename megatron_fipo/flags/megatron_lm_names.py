@@ -1,5 +1,5 @@
 """Every option of Megatron-LM's own parser, by name without the dashes, as of megatron-core 0.19.2: what a user's
-launch script may hold. Version 0.16.1 ships no parser, hence this list."""
+launch script may hold. Version 0.16.1 ships no parser, hence this list. And options of earlier versions."""
 
 from __future__ import annotations
 
@@ -198,4 +198,16 @@ window-size yaml-cfg yarn-beta-fast yarn-beta-slow yarn-correction-range-round-t
 yarn-original-max-position-embeddings
 """
 
+_FORMER_NAMES = """
+async-tensor-model-parallel-allreduce check-for-nan-in-loss-and-grad data-impl delay-grad-reduce delay-param-gather
+embedding-weights-in-fp32 enable-one-logger encoder-pipeline-model-parallel-size encoder-tensor-model-parallel-size
+fp8-e4m3 fp8-hybrid legacy-tokenizer log-batch-size-to-tensorboard log-learning-rate-to-tensorboard mmap-warmup
+moe-extended-tp moe-use-legacy-grouped-gemm no-async-tensor-model-parallel-allreduce
+no-contiguous-buffers-in-local-ddp no-delay-grad-reduce no-delay-param-gather no-log-learnig-rate-to-tensorboard
+no-query-key-layer-scaling no-scatter-gather-tensors-in-pipeline pipeline-model-parallel-split-rank
+retro-add-retriever retro-project-dir s3-cache-path standalone-embedding-stage tp-comm-overlap-disable-fc1
+tp-comm-overlap-disable-qkv use-contiguous-buffers-in-local-ddp use-custom-fsdp use-legacy-models
+"""
+
 MEGATRON_LM_FLAGS: frozenset[str] = frozenset("--" + name for name in _NAMES.split())
+FORMER_FLAGS: frozenset[str] = frozenset("--" + name for name in _FORMER_NAMES.split())

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fipo.flags.dataclass_source import SourceField, literal, read_fields, value_type
+from megatron_fipo.flags.megatron_ignored import IGNORED_FLAGS
 from megatron_fipo.flags.megatron_lm_names import MEGATRON_LM_FLAGS
 from megatron_fipo.flags.megatron_unsupported import unsupported_reason
 from megatron_fipo.flags.option import VALUE, Option, ValueType
@@ -78,7 +79,6 @@ _TYPES: Mapping[str, ValueType] = {
     "optimizer": ValueType("str", ("adam",)),
     "moe_token_dispatcher_type": ValueType("str", ("alltoall",)),
     "moe_router_load_balancing_type": ValueType("str", ("none",)),
-    "moe_aux_loss_coeff": ValueType("float"),
     "main_grads_dtype": ValueType("str", ("fp32", "bf16")),
     "main_params_dtype": ValueType("str", ("fp32", "fp16")),
     "exp_avg_dtype": _MOMENTS,
@@ -138,13 +138,11 @@ _LISTED_HELP: Mapping[str, str] = {
     "recompute_num_layers": "with full: layers of a chunk, or layers to recompute",
     "recompute_modules": "with selective: the parts (default: core_attn)",
     "moe_grouped_gemm": "all experts of a rank in one kernel, through Transformer Engine",
-    "moe_permute_fusion": "sort tokens by expert in one kernel, through Transformer Engine",
     "moe_router_dtype": "precision of the router (default: fp32)",
     "fp8": "train in FP8 through Transformer Engine",
     "fp8_recipe": "how FP8 tensors are scaled, by default delayed",
     "use_distributed_optimizer": "shard the optimizer over the data-parallel ranks (always on)",
     "overlap_grad_reduce": "overlap the reduction of gradients with the backward pass",
-    "overlap_param_gather": "overlap the gathering of parameters with the forward pass",
 }
 """What the plain help shows of them, in our words."""
 
@@ -178,7 +176,7 @@ def megatron_options() -> list[Option]:
         flags = {
             flag: stored
             for flag, stored in field_flags(fields[name]).items()
-            if flag in MEGATRON_LM_FLAGS and unsupported_reason(flag) is None
+            if flag in MEGATRON_LM_FLAGS and flag not in IGNORED_FLAGS and unsupported_reason(flag) is None
         }
         if name not in own and value is not None and flags:
             group = _MODEL_GROUP if "transformer" in settings[0] else "batch and optimizer"
@@ -206,14 +204,17 @@ def contradictions(
     """One line for every field that a flag gave and the checkpoint gives otherwise; empty when they agree.
 
     `explicit` are MegatronSettings.transformer and .model, `derived` the same fields as read from the checkpoint;
-    fields that only one side has are not compared. `flag_of` names a field's flag.
+    fields that only one side has are not compared. `flag_of` names a field's flag. A shorter context than the
+    checkpoint's is no contradiction, and neither is a group for every head.
     """
     flag_of = flag_of or flag_of_field
     lines = []
     for name in sorted(explicit.keys() & derived.keys()):
         given, wanted = explicit[name], derived[name]
-        if given == wanted:
+        if given == wanted or (name == "max_sequence_length" and given < wanted):
             continue
+        if name == "group_query_attention" and "num_query_groups" in explicit:
+            continue  # that says more, and is compared itself
         flag = flag_of(name)
         if isinstance(given, bool):
             lines.append(f"{flag} is given, but by the checkpoint's config.json {name} is {wanted}")

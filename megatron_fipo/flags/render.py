@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 
-from megatron_fipo.flags.megatron_unsupported import IGNORED_FLAGS
+from megatron_fipo.flags.megatron_ignored import IGNORED_FLAGS, IGNORED_VALUES, ONLY_VALUES
+from megatron_fipo.flags.megatron_lm_names import FORMER_FLAGS, MEGATRON_LM_FLAGS
+from megatron_fipo.flags.megatron_unsupported import unsupported_reason
 from megatron_fipo.flags.option import VALUE, Option
 from megatron_fipo.flags.presets import PRESETS
 from megatron_fipo.flags.sglang_names import SGLANG_VERSION
@@ -81,8 +83,7 @@ def markdown(options: Sequence[Option]) -> str:
         if is_megatron_field(option):
             fields = ", ".join(f"`{setting.removeprefix('megatron.')}`" for setting in option.settings)
             lines.append(f"| {_code(option)} | {fields} |")
-    lines += ["", "Accepted without effect, with a note:", ""]
-    lines += [f"* `{flag}`: {reason}" for flag, reason in IGNORED_FLAGS.items()]
+    lines += _megatron_lm_lines({flag for option in options for flag in option.flags})
     lines += ["", "## Presets", "", f"| setting | {' | '.join(PRESETS)} |", "|---|" + "---|" * len(PRESETS)]
     for setting in dict.fromkeys(setting for preset in PRESETS.values() for setting in preset):
         values = " | ".join(str(preset.get(setting, "")) for preset in PRESETS.values())
@@ -92,6 +93,39 @@ def markdown(options: Sequence[Option]) -> str:
     lines += [f"`{PREFIX}` before each name of SGLang {SGLANG_VERSION}; a switch also has `{PREFIX}no-...`.", ""]
     lines += textwrap.wrap(", ".join(f"`{name}`" for name in sorted(names)), 118, break_on_hyphens=False)
     return "\n".join([*lines, ""])
+
+
+def _megatron_lm_lines(accepted: Set[str]) -> list[str]:
+    """What becomes of the flags of Megatron-LM that no option has, by reason."""
+    lines = ["", "## Megatron-LM's flags without effect", ""]
+    lines += [
+        "What a script for pretraining says and an RL run has no use for, or does anyway, is accepted. Unless it is"
+    ]
+    lines += ["so anyway, the run prints one note per flag: what takes its place.", ""]
+    for flag, rule in IGNORED_VALUES.items():
+        lines.append(f"* `{flag}` {rule.allowed.replace('|', ', ')}: {rule.because}")
+    for flag, rule in ONLY_VALUES.items():
+        lines.append(f"* `{flag}` must be {rule.because}")
+    lines += [f"* {reason}: {_names(flags)}" for reason, flags in _by_reason(IGNORED_FLAGS).items()]
+    known = sorted((MEGATRON_LM_FLAGS | FORMER_FLAGS) - accepted - IGNORED_FLAGS.keys())
+    refused = {flag: unsupported_reason(flag) or "it needs a newer megatron-core" for flag in known}
+    lines += ["", "## Megatron-LM's flags that are refused", ""]
+    lines += [
+        "Each is an error with its reason: without them something else would be trained, or memory would not do.",
+        "",
+    ]
+    return lines + [f"* {reason}: {_names(flags)}" for reason, flags in _by_reason(refused).items()]
+
+
+def _by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
+    flags: dict[str, list[str]] = {}
+    for flag, reason in reasons.items():
+        flags.setdefault(reason, []).append(flag)
+    return flags
+
+
+def _names(flags: Iterable[str]) -> str:
+    return ", ".join(f"`{flag}`" for flag in flags)
 
 
 def _entry(option: Option) -> list[str]:

@@ -80,9 +80,25 @@ def _command_options() -> list[Option]:
 
 
 def _checked_options() -> list[Option]:
-    """Megatron-LM's names for sizes that follow from ours: they are only compared."""
+    """Megatron-LM's names for what follows from other settings: they are only compared. And its second names."""
     integer = ValueType("int")
     return [
+        Option(
+            ("run.save_interval",),
+            {"--persistent-save-interval": VALUE},
+            integer,
+            RUN,
+            "--save-interval",
+            listed=False,
+        ),
+        Option(
+            ("check.exit_on_missing_checkpoint",),
+            {"--exit-on-missing-checkpoint": True},
+            ValueType("bool"),
+            RUN,
+            "--load must hold a checkpoint even where it is the directory of --save",
+            listed=False,
+        ),
         Option(
             ("check.global_batch_size",),
             {"--global-batch-size": VALUE},

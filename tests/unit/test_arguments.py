@@ -183,7 +183,11 @@ ERRORS = {
         ["--replay-rollouts is 'b'", "--record-rollouts (a)"],
     ),
     "save interval without save": (["--save-interval", "5"], ["--save-interval is 5", "--save"]),
-    "sequence parallel alone": (["--sequence-parallel"], ["--sequence-parallel", "--tensor-model-parallel-size (1)"]),
+    "two wrong values": (["--lr", "x", "--seed", "y", "--qqq"], ["--lr is 'x'", "--seed is 'y'", "unknown flag --qqq"]),
+    "shorter context than the run's": (
+        ["--max-position-embeddings", "4096"],
+        ["--max-position-embeddings is 4096", "--rollout-max-response-len (20480) = 22528"],
+    ),
     "preset of another algorithm": (
         ["--preset", "fipo-qwen2.5-32b", "--algorithm", "dapo"],
         ["--algorithm is 'dapo'", "--preset fipo-qwen2.5-32b"],

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import subprocess
 import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ import pytest
 from megatron_fipo.arguments import parse_arguments
 from megatron_fipo.flags.command_line import read_arguments
 from megatron_fipo.flags.dataclass_source import read_fields, value_type
-from megatron_fipo.flags.megatron_lm_names import MEGATRON_LM_FLAGS
+from megatron_fipo.flags.megatron_ignored import IGNORED_FLAGS, IGNORED_VALUES, ONLY_VALUES, SILENT
+from megatron_fipo.flags.megatron_lm_names import FORMER_FLAGS, MEGATRON_LM_FLAGS
 from megatron_fipo.flags.megatron_table import (
     ARCHITECTURE_FIELDS,
     CONFIG_SOURCES,
@@ -21,7 +23,7 @@ from megatron_fipo.flags.megatron_table import (
     flag_of_field,
     megatron_options,
 )
-from megatron_fipo.flags.megatron_unsupported import IGNORED_FLAGS, UNSUPPORTED_FLAGS, unsupported_reason
+from megatron_fipo.flags.megatron_unsupported import NEWER_CORE, UNSUPPORTED_FLAGS, unsupported_reason
 from megatron_fipo.flags.option import ValueType, options_of
 from megatron_fipo.flags.table import all_options
 from megatron_fipo.megatron_config import MegatronSettings
@@ -55,7 +57,6 @@ def test_one_flag_fills_every_dataclass_that_has_the_field():
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--overlap-param-gather"],
         ["--decoder-first-pipeline-num-layers", "3"],
         ["--account-for-loss-in-pipeline-split"],
         ["--pipeline-model-parallel-layout", "Et*3|L"],
@@ -80,21 +81,16 @@ def test_what_would_leave_engines_or_stages_wrong_is_refused(flags):
         (["--attention-dropout", "0.0"], "transformer", {"attention_dropout": 0.0}),
         (["--num-experts", "8", "--moe-router-topk", "2"], "transformer", {"num_moe_experts": 8, "moe_router_topk": 2}),
         (
-            ["--moe-grouped-gemm", "--moe-permute-fusion", "--moe-aux-loss-coeff", "0", "--moe-router-dtype", "fp32"],
+            ["--moe-grouped-gemm", "--moe-permute-fusion", "--moe-router-dtype", "fp32"],
             "transformer",
-            {
-                "moe_grouped_gemm": True,
-                "moe_permute_fusion": True,
-                "moe_aux_loss_coeff": 0.0,
-                "moe_router_dtype": "fp32",
-            },
+            {"moe_grouped_gemm": True, "moe_permute_fusion": True, "moe_router_dtype": "fp32"},
         ),
         (["--expert-model-parallel-size", "2"], "transformer", {}),
         (["--accumulate-allreduce-grads-in-fp32"], "ddp", {"grad_reduce_in_fp32": True}),
         (["--grad-reduce-in-bf16"], "ddp", {"grad_reduce_in_fp32": False}),
         (["--ddp-bucket-size", "40000000"], "ddp", {"bucket_size": 40000000}),
         (["--main-grads-dtype", "bf16"], "optimizer", {"main_grads_dtype": "bf16"}),
-        (["--min-lr", "0"], "optimizer", {"min_lr": 0.0}),
+        (["--moe-layer-recompute"], "transformer", {"moe_layer_recompute": True}),
         (["--group-query-attention"], "model", {"group_query_attention": True}),
         (["--untie-embeddings-and-output-weights"], "model", {"share_embeddings_and_output_weights": False}),
         (["--use-rotary-position-embeddings"], "model", {"position_embedding_type": "rope"}),
@@ -108,12 +104,13 @@ def test_megatron_lm_names_reach_megatron_core_fields(flags, mapping, expected):
     ("flags", "fragments"),
     [
         (["--moe-expert-capacity-factor", "1"], ["--moe-expert-capacity-factor is a Megatron-LM flag", "dropped"]),
-        (["--moe-aux-loss-coeff", "0.01"], ["--moe-aux-loss-coeff is 0.01", "0: a policy is trained"]),
-        (["--moe-router-load-balancing-type", "aux_loss"], ["--moe-router-load-balancing-type", "none"]),
-        (["--moe-token-dispatcher-type", "allgather"], ["--moe-token-dispatcher-type is 'allgather'", "alltoall"]),
+        (["--moe-router-load-balancing-type", "sinkhorn"], ["--moe-router-load-balancing-type is 'sinkhorn'", "none"]),
+        (["--moe-token-dispatcher-type", "ring"], ["--moe-token-dispatcher-type is 'ring'", "alltoall"]),
+        (["--moe-layer-freq", "2"], ["--moe-layer-freq is '2'", "all layers of a Qwen3-MoE model have experts"]),
+        (["--moe-layer-freq", "([0]+[1]*3)"], ["--moe-layer-freq is '([0]+[1]*3)'"]),
+        (["--ckpt-format", "zarr"], ["--ckpt-format is 'zarr'", "torch_dist"]),
+        (["--rotary-seq-len-interpolation-factor", "2"], ["--rotary-seq-len-interpolation-factor is '2'", "1"]),
         (["--expert-tensor-parallel-size", "0"], ["--expert-tensor-parallel-size is 0", ">= 1"]),
-        (["--overlap-moe-expert-parallel-comm"], ["--overlap-moe-expert-parallel-comm", "schedule of its own"]),
-        (["--lr-warmup-fraction", "0.1"], ["--lr-warmup-fraction", "constant after --lr-warmup-iters"]),
         (["--fp16"], ["--fp16", "use --bf16"]),
         (["--dino-head-hidden-size", "3"], ["--dino-head-hidden-size is a Megatron-LM flag that is not supported"]),
         (["--recompute-granularity", "full"], ["--recompute-method is None", "--recompute-granularity full"]),
@@ -128,8 +125,7 @@ def test_megatron_lm_names_reach_megatron_core_fields(flags, mapping, expected):
         ),
         (["--attention-dropout", "0.1"], ["--attention-dropout is 0.1", "0"]),
         (["--optimizer", "sgd"], ["--optimizer is 'sgd'", "adam"]),
-        (["--lr-decay-style", "cosine"], ["--lr-decay-style is 'cosine'", "constant"]),
-        (["--min-lr", "1e-3"], ["--min-lr is 0.001", "--lr (1e-06)"]),
+        (["--lr-decay-style", "cosin"], ["--lr-decay-style is 'cosin'", "constant"]),
         (["--transformer-impl", "te"], ["--transformer-impl is 'te'", "local, transformer_engine"]),
         (
             ["--transformer-impl", "transformer_engine", "--device", "cpu"],
@@ -165,19 +161,31 @@ def test_the_list_of_names_is_megatron_lms():
     assert not any(flag.startswith(("--fipo", "--sglang")) for flag in MEGATRON_LM_FLAGS)
 
 
-def test_every_megatron_lm_flag_is_accepted_or_refused_by_name():
+def test_every_megatron_lm_flag_is_accepted_ignored_or_refused_and_only_one_of_them():
     options = all_options()
     accepted = {flag for option in options for flag in option.flags}
-    assert not accepted & set(UNSUPPORTED_FLAGS), "a flag cannot be both accepted and refused"
-    refused = sorted(MEGATRON_LM_FLAGS - accepted - set(IGNORED_FLAGS))
+    assert not MEGATRON_LM_FLAGS & FORMER_FLAGS
+    for flag in MEGATRON_LM_FLAGS | FORMER_FLAGS:
+        is_refused = unsupported_reason(flag) is not None
+        assert (flag in accepted) + (flag in IGNORED_FLAGS) + is_refused + (flag in NEWER_CORE - accepted) == 1, flag
+    assert IGNORED_FLAGS.keys() <= MEGATRON_LM_FLAGS | FORMER_FLAGS
+    assert ONLY_VALUES.keys() <= IGNORED_FLAGS.keys()
+    assert SILENT.keys() <= IGNORED_FLAGS.keys()
+    assert IGNORED_VALUES.keys() <= accepted
+    for pattern in UNSUPPORTED_FLAGS:
+        assert any(fnmatchcase(flag, pattern) for flag in MEGATRON_LM_FLAGS | FORMER_FLAGS), pattern
+
+
+def test_every_refused_flag_is_named_with_its_reason():
+    options = all_options()
+    accepted = {flag for option in options for flag in option.flags}
+    refused = sorted((MEGATRON_LM_FLAGS | FORMER_FLAGS) - accepted - set(IGNORED_FLAGS) - NEWER_CORE)
     with pytest.raises(ValueError) as raised:
         read_arguments(refused, options)
-    message = str(raised.value)
-    assert message.count(" is a Megatron-LM flag that is not supported here") == len(refused)
-    assert "unknown" not in message
+    parts = str(raised.value).split("; ")
     for flag in refused:
-        assert f"{flag} is a Megatron-LM flag that is not supported here" in message
-        assert (unsupported_reason(flag) or "") in message
+        assert f"{flag} is a Megatron-LM flag that is not supported here: {unsupported_reason(flag)}" in parts
+    assert len(parts) == len(refused)
 
 
 def test_fields_read_from_source_are_the_dataclasses_own():
