@@ -4,6 +4,8 @@ Takes torchrun's arguments and is torchrun, but for two things. When a rank fail
 traceback of its own, some fifty lines below the one line in which the rank said why: here only a rank that a signal
 ended is reported. And a signal is passed on to the ranks, which may take their time to save; torchrun would kill them
 after 30 s.
+
+With `--slurm` first it submits the same program as a Slurm job instead (slurm_submit.py).
 """
 
 from __future__ import annotations
@@ -25,7 +27,15 @@ LEFT_TO_TORCHRUN = "SIGQUIT"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run torchrun; returns 0, the status of the rank that failed first, or 128 + the signal that ended it or us."""
+    """Run torchrun; returns 0, the status of the rank that failed first, or 128 + the signal that ended it or us.
+
+    With `--slurm`: submit a job.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["--slurm"]:
+        from megatron_fipo.slurm_submit import main as submit_job
+
+        return submit_job(words[1:])
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -35,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in ASKING:
         signal.signal(number, _pass_on)
     try:
-        run.main(["--signals-to-handle", LEFT_TO_TORCHRUN, *(sys.argv[1:] if arguments is None else arguments)])
+        run.main(["--signals-to-handle", LEFT_TO_TORCHRUN, *words])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode >= 0:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 USER_ERROR = 2
 RUN_FAILED = 1
+LOST_RANK = "another rank ended, or cannot be reached any more"
 # what gloo and NCCL say when a rank is gone
 LOST_CONNECTION = ("closed by peer", "reset by peer", "closed by remote peer", "Broken pipe", "remote process exit")
 
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if isinstance(error, OSError) and error.filename is not None:
                 return _fail(error, RUN_FAILED, True)  # a full disk, a directory that cannot be written
             if is_lost:
-                return _fail(RuntimeError("another rank ended, or cannot be reached any more"), RUN_FAILED, True)
+                return _fail(RuntimeError(LOST_RANK), RUN_FAILED, True)
             raise
 
 

@@ -1,0 +1,161 @@
+"""From a command line to a job: check, write the sbatch file, submit it, say how to watch it, follow it if asked."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_fipo.config import require
+from megatron_fipo.slurm_options import PROGRAM, SlurmJob, asks_for_help, read_command
+from megatron_fipo.slurm_script import sbatch_script
+from megatron_fipo.train import RUN_FAILED, USER_ERROR
+
+HELP = """\
+python -m megatron_fipo.launch --slurm [options] -m megatron_fipo.train [its arguments]
+
+Writes one sbatch file and submits it: one srun task per rank. docs/cluster.md has examples.
+
+  sbatch's options, under sbatch's names:
+    --nodes N (1)  --ntasks-per-node R (default: the GPUs of --gpus-per-node or --gres)  --gpus-per-node  --gres
+    --partition  --account  --qos  --time  --cpus-per-task  --mem  --job-name  --constraint  --exclude  --nodelist
+    --reservation  --exclusive  --mail-type  --mail-user  --comment  --begin  --dependency  --licenses  --nice ...
+    --sbatch-option "--x=y"   any other line; may be repeated
+    --srun-option "--x=y"     an option of srun; may be repeated
+  containers (pyxis): --container-image --container-mounts --container-workdir --container-name --container-env ...
+
+  --dry-run                 print the file, submit nothing
+  --follow                  show state changes and rank 0's log until the job ends; end with its status
+  --log-dir DIR             logs and the file itself (default: slurm/ in the program's --output-dir)
+  --array-seeds 1,2,7-9%2   a job array: every task has its own --seed, --save, --output-dir ...; here two at a time
+  --no-requeue              do not requeue after a save (the default needs --save and --auto-resume)
+  --max-requeues N          at most so many times (100)
+  --max-failures N          requeue so many times after a failure too, without the nodes that failed (0)
+  --signal-before-s N       SIGUSR1 to the ranks N seconds before the time limit (--exit-grace-s and 60 more)
+  --master-port N           where the ranks meet (20000 + job id % 10000)
+  --python FILE             interpreter (this one; python3 in a container)
+  --setup LINE              a line of bash before the ranks start, such as "module load cuda"; may be repeated
+"""
+
+
+def main(words: Sequence[str]) -> int:
+    """`--slurm` and what follows. Errors the user can act on are one line and status 2."""
+    try:
+        if asks_for_help(words):
+            print(HELP, end="")
+            return 0
+        command = read_command(words)
+        check_program(command.job)
+        invocation = ["python", "-m", "megatron_fipo.launch", "--slurm", *words]
+        text = sbatch_script(command.job, invocation)
+        if command.is_dry:
+            sys.stdout.buffer.write(os.fsencode(text))
+            return 0
+        job_id = submit(command.job, text)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return RUN_FAILED
+    print(describe(command.job, job_id), flush=True)
+    if not command.follows:
+        return 0
+    from megatron_fipo.slurm_follow import follow
+
+    return follow(command.job, job_id)
+
+
+def check_program(job: SlurmJob) -> None:
+    """The training program's own check of its flags, before the job waits in a queue. Raises ValueError."""
+    if job.program[:2] != ("-m", PROGRAM):
+        return
+    from megatron_fipo.arguments import parse_arguments
+    from megatron_fipo.parallel import ParallelLayout
+
+    megatron = parse_arguments(job.program[2:]).megatron
+    ParallelLayout.for_world(
+        job.nodes * job.ranks_per_node,
+        0,
+        tp=megatron.tensor_model_parallel_size,
+        pp=megatron.pipeline_model_parallel_size,
+        cp=megatron.context_parallel_size,
+        sequence_parallel=megatron.sequence_parallel,
+        ep=megatron.expert_model_parallel_size,
+        etp=megatron.expert_tensor_parallel_size,
+    )
+
+
+def submit(job: SlurmJob, text: str) -> str:
+    """Write the file into the job's directory of logs and give it to sbatch. Returns the job's id.
+
+    Raises ValueError where something of the user's making speaks against it, with nothing submitted.
+    """
+    if shutil.which("sbatch") is None:
+        raise ValueError("sbatch is not on the PATH: submit from a node of the cluster, or look with --dry-run")
+    _check_partition(job)
+    directory = Path(job.log_dir)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        script = directory / f"submitted-{time.time_ns()}.sbatch"
+        script.write_bytes(os.fsencode(text))
+    except OSError as error:
+        raise ValueError(f"--log-dir is {job.log_dir!r}, but must be a directory to write to: {error}") from None
+    done = _slurm("sbatch", "--parsable", str(script))
+    if done.returncode != 0:
+        script.unlink()
+        raise ValueError(f"sbatch refused the job: {_last_line(done.stderr)}")
+    job_id = done.stdout.strip().partition(";")[0]
+    script.rename(directory / f"{job_id}.sbatch")
+    return job_id
+
+
+def describe(job: SlurmJob, job_id: str) -> str:
+    """What the user wants to know about a job that was submitted."""
+    name = f"{job_id}_{{0..{len(job.seeds) - 1}}}" if job.seeds else job_id
+    directory = shlex.quote(job.log_dir)
+    rows = [
+        f"submitted job {job_id}: {job.nodes} nodes x {job.ranks_per_node} ranks"
+        + (f", seeds {', '.join(map(str, job.seeds))}" if job.seeds else ""),
+        f"  file    {directory}/{job_id}.sbatch",
+        f"  log     {directory}/{name}.log",
+        f"  ranks   {directory}/{name}.<start>/rank-<rank>-<node>.log",
+        f"  watch   squeue --jobs {job_id}; tail -F {directory}/{name}.log",
+        f"  save    scancel --signal=USR1 {job_id}" + ("   (saves, and is requeued)" if job.requeue else ""),
+        f"  cancel  scancel {job_id}",
+    ]
+    return "\n".join(rows)
+
+
+def _check_partition(job: SlurmJob) -> None:
+    """What sbatch would let wait in the queue for ever, or refuse in other words."""
+    done = _slurm("sinfo", "--noheader", "--format", "%R %D")
+    if done.returncode != 0:
+        raise ValueError(f"Slurm does not answer: {_last_line(done.stderr)}")
+    sizes: dict[str, int] = {}
+    for line in done.stdout.splitlines():
+        name, _, count = line.rpartition(" ")
+        sizes[name.strip()] = sizes.get(name.strip(), 0) + (int(count) if count.isdecimal() else 0)
+    wanted = job.sbatch.get("partition")
+    names = wanted.split(",") if wanted else list(sizes)
+    for name in names:
+        require(name in sizes, "--partition", name, f"one of {', '.join(sorted(sizes))}")
+    largest = max((sizes[name] for name in names), default=0)
+    where = f"the partition {wanted}" if wanted else "the largest partition"
+    require(job.nodes <= largest, "--nodes", job.nodes, f"at most {largest}, as many as {where} has")
+
+
+def _slurm(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+
+
+def _last_line(text: str) -> str:
+    """What a command of Slurm said last, without its own name before it."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    return re.sub(r"^\w+: (error: |fatal: )?", "", lines[-1]) if lines else "it did not say why"
