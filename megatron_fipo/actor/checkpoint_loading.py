@@ -44,16 +44,20 @@ from megatron_fipo.actor.checkpoint_reading import (
 from megatron_fipo.actor.metadata_pickle import parse_metadata
 
 
-def load_sharded(state: dict[str, Any], directory: Path, group: dist.ProcessGroup) -> dict[str, Any]:
+def load_sharded(
+    state: dict[str, Any], directory: Path, group: dist.ProcessGroup, *, is_foreign: bool = False
+) -> dict[str, Any]:
     """Load what `state` (megatron-core's sharded state) names from `directory`.
 
-    Raises CheckpointError on every rank: for what is missing, by its name, for what does not fit, and for files that
-    are not as this program writes them. Collective over `group` (all ranks).
+    A foreign checkpoint, Megatron-LM's own, may hold more than tensors and numbers, which is left alone. Raises
+    CheckpointError on every rank: for what is missing, by its name, for what does not fit, and for files that are not
+    as this program writes them. Collective over `group` (all ranks).
     """
 
     def prepare() -> _ShardReader:
         form = read_json(directory / FORMAT)
-        if form != asdict(CheckpointingConfig("torch_dist")):
+        known = asdict(CheckpointingConfig("torch_dist"))
+        if form != known and not (is_foreign and form.get("sharded_backend") == known["sharded_backend"]):
             raise CheckpointError(
                 f"{directory / FORMAT} says {ascii(form)[:200]}, which is not how checkpoints are saved"
             )
@@ -65,7 +69,7 @@ def load_sharded(state: dict[str, Any], directory: Path, group: dist.ProcessGrou
     reader: list[_ShardReader] = []
     agreed(lambda: reader.append(prepare()), group)
     common: list[dict[str, Any]] = []
-    agreed(lambda: common.append(_common_state(directory)), group)
+    agreed(lambda: common.append({} if is_foreign else _common_state(directory)), group)
     try:
         with _reading_through(reader[0]):
             return dist_checkpointing.load(state, str(directory), common_strategy=_CommonState(common[0]))

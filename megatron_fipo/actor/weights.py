@@ -15,7 +15,6 @@ from megatron_fipo.actor.model import unwrapped
 from megatron_fipo.actor.setup import Groups
 from megatron_fipo.parallel import ParallelLayout
 from megatron_fipo.weights.architecture import Architecture
-from megatron_fipo.weights.hf_files import HFWeights
 from megatron_fipo.weights.mapping import (
     EMBEDDING,
     OUTPUT,
@@ -26,6 +25,7 @@ from megatron_fipo.weights.mapping import (
     partition_of,
     shard_from_hf,
 )
+from megatron_fipo.weights.source import WeightSource
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class WeightTable:
 
 
 def load_hf_weights(
-    chunks: Sequence[nn.Module], arch: Architecture, weights: HFWeights, layout: ParallelLayout, *, padded_vocab: int
+    chunks: Sequence[nn.Module], arch: Architecture, weights: WeightSource, layout: ParallelLayout, *, padded_vocab: int
 ) -> None:
-    """Fill this rank's parameters from a Hugging Face checkpoint, reading only what this rank holds."""
+    """Fill this rank's parameters from a checkpoint's files, reading only what this rank holds."""
     with torch.no_grad():
         for name, parameter in global_parameters(chunks, arch, layout).items():
             is_dense = expert_of(name) is None

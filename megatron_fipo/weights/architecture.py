@@ -52,6 +52,22 @@ NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
 }
 """Fields of config.json that would change the maths, with the values that do not; null, or absence, never does."""
 
+_QWEN_DEFAULTS: dict[str, Any] = {"vocab_size": 151936, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6}
+_LARGE_DEFAULTS: dict[str, Any] = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+FAMILY_DEFAULTS: dict[Family, dict[str, Any]] = {
+    "qwen2": _QWEN_DEFAULTS | _LARGE_DEFAULTS | {"intermediate_size": 22016, "num_key_value_heads": 32},
+    "qwen3": _QWEN_DEFAULTS
+    | _LARGE_DEFAULTS
+    | {"intermediate_size": 22016, "num_key_value_heads": 32, "head_dim": 128},
+    "llama": {"vocab_size": 32000, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
+    | _LARGE_DEFAULTS
+    | {"intermediate_size": 11008},
+    "qwen3_moe": _QWEN_DEFAULTS
+    | {"hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32, "num_key_value_heads": 4}
+    | {"intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts_per_tok": 8},
+}
+"""What transformers takes for a field that is absent from config.json."""
+
 LLAMA3_ROPE: dict[str, float] = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -103,6 +119,9 @@ def read_architecture(hf_dir: str | Path) -> Architecture:
         f"one of {sorted(CAUSAL_LM_CLASS)}",
     )
     family = cast(Family, family)
+    config = FAMILY_DEFAULTS[family] | config
+    if family == "qwen3_moe" and not {"num_experts", "num_local_experts"} & config.keys():
+        config["num_experts"] = 128
     _check_neutral(path, config, family)
 
     num_heads = _positive_int(path, config, "num_attention_heads")
@@ -118,7 +137,7 @@ def read_architecture(hf_dir: str | Path) -> Architecture:
         f"a divisor of num_attention_heads ({num_heads})",
     )
     has_qk_norm = family in ("qwen3", "qwen3_moe")
-    if config.get("head_dim") is None and not has_qk_norm:
+    if config.get("head_dim") is None and family != "qwen3":
         require(hidden_size % num_heads == 0, f"{path}: hidden_size", hidden_size, f"a multiple of {num_heads} heads")
         head_dim = hidden_size // num_heads
     else:

@@ -47,6 +47,7 @@ SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch
 IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # a buffer that old files carry
 ROWS_PER_COMPARISON = 4096
 MAX_NAME_LEN = 200  # of a file that an index names
+MAX_OPEN_FILES = 2  # a layer may lie in two
 
 
 class HFWeights:
@@ -59,11 +60,16 @@ class HFWeights:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
-        self._files = {path: _open_safetensors(path) for path in _find_files(self.directory)}
-        self._path_of = {name: path for path, file in self._files.items() for name in file.keys()}  # noqa: SIM118
-        num_tensors = sum(len(file.keys()) for file in self._files.values())
-        if num_tensors != len(self._path_of):
-            raise ValueError(f"{self.directory} holds the same tensor in several safetensors files")
+        self._path_of: dict[str, Path] = {}
+        self._headers: dict[str, tuple[tuple[int, ...], str]] = {}
+        self._open: dict[Path, Any] = {}
+        for path in _find_files(self.directory):
+            file = _open_safetensors(path)
+            for name in file.keys():  # noqa: SIM118
+                if name in self._path_of:
+                    raise ValueError(f"{self.directory} holds the same tensor in several safetensors files")
+                part = file.get_slice(name)
+                self._path_of[name], self._headers[name] = path, (tuple(part.get_shape()), part.get_dtype())
         if not (self.directory / SINGLE_NAME).is_file():
             _check_index(self.directory / INDEX_NAME, self._path_of)
 
@@ -74,11 +80,11 @@ class HFWeights:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Raises ValueError if there is no such tensor, as all of these do."""
-        return tuple(self._slice(name).get_shape())
+        return self._header(name)[0]
 
     def dtype(self, name: str) -> torch.dtype:
         """fp32, bf16 or fp16; anything else is quantised and raises ValueError."""
-        found = self._slice(name).get_dtype()
+        found = self._header(name)[1]
         if found not in SAFETENSORS_DTYPES:
             raise ValueError(
                 f"{self._path_of[name]}: {name} has dtype {found}, but must have one of {sorted(SAFETENSORS_DTYPES)}"
@@ -100,10 +106,19 @@ class HFWeights:
         self._check_range(name, 1, start, stop)
         return cast(Tensor, self._slice(name)[:, start:stop])
 
-    def _slice(self, name: str) -> Any:
-        if name not in self._path_of:
+    def _header(self, name: str) -> tuple[tuple[int, ...], str]:
+        if name not in self._headers:
             raise ValueError(f"{self.directory}: no safetensors file holds {name}")
-        return self._files[self._path_of[name]].get_slice(name)
+        return self._headers[name]
+
+    def _slice(self, name: str) -> Any:
+        """Its file is mapped into memory until others are read: what was read of a mapping stays there with it."""
+        self._header(name)
+        path = self._path_of[name]
+        self._open[path] = self._open.pop(path, None) or _open_safetensors(path)
+        while len(self._open) > MAX_OPEN_FILES:
+            self._open.pop(next(iter(self._open)))
+        return self._open[path].get_slice(name)
 
     def _check_range(self, name: str, dim: int, start: int, stop: int) -> None:
         self.dtype(name)
@@ -186,7 +201,9 @@ def _find_files(directory: Path) -> list[Path]:
         return [directory / SINGLE_NAME]
     index = directory / INDEX_NAME
     if not index.is_file():
-        raise ValueError(f"{directory} holds neither {SINGLE_NAME} nor {INDEX_NAME}")
+        pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
+        found = f"; {_first_few(pickles)}: pickles are not read, convert them to safetensors" if pickles else ""
+        raise ValueError(f"{directory} holds neither {SINGLE_NAME} nor {INDEX_NAME}{found}")
     names = sorted(set(_read_weight_map(index).values()))
     for name in names:
         if Path(name).name != name or len(name) > MAX_NAME_LEN or not (directory / name).is_file():

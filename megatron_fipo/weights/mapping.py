@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.weights.architecture import Architecture, hf_shapes
-from megatron_fipo.weights.hf_files import HFWeights
+from megatron_fipo.weights.source import WeightSource
 
 Partition = Literal["replicated", "qkv", "gate_up", "row", "vocab"]
 
@@ -167,7 +167,7 @@ def shard_shape(name: str, arch: Architecture, *, tp_size: int, padded_vocab: in
 
 
 def shard_from_hf(
-    name: str, arch: Architecture, weights: HFWeights, *, tp_rank: int, tp_size: int, padded_vocab: int
+    name: str, arch: Architecture, weights: WeightSource, *, tp_rank: int, tp_size: int, padded_vocab: int
 ) -> Tensor:
     """This rank's part of the Megatron parameter `name`, reading no more than that part, in the file's dtype.
 
@@ -297,7 +297,7 @@ def _rule(name: str) -> Rule:
     return rules[rest]
 
 
-def _vocab_rows(source: str, arch: Architecture, weights: HFWeights, tp_rank: int, num_rows: int) -> Tensor:
+def _vocab_rows(source: str, arch: Architecture, weights: WeightSource, tp_rank: int, num_rows: int) -> Tensor:
     """[num_rows, hidden]: rows tp_rank * num_rows and on, zeros after the last token."""
     source = "model.embed_tokens.weight" if arch.tied else source
     start = tp_rank * num_rows
