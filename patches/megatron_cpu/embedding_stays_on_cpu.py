@@ -9,10 +9,15 @@ Test: tests/distributed/test_patch_megatron.py::test_embedding_stays_on_cpu_is_n
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Final
 
 import torch
 from megatron.core.models.common.language_module.language_module import LanguageModule
+
+REPLACES: Final = {
+    "megatron.core.models.common.language_module.language_module:"
+    "LanguageModule.setup_embeddings_and_output_layer": "21f4b5c3bd053bf7",
+}
 
 
 def apply() -> None:

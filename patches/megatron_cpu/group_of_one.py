@@ -11,11 +11,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import param_and_grad_buffer
+
+REPLACES: Final = {
+    "megatron.core.distributed.param_and_grad_buffer:dist_all_gather_func": "89a98f0d2d0524fa",
+    "megatron.core.distributed.param_and_grad_buffer:dist_reduce_scatter_func": "257d729e57719621",
+}
 
 
 def apply() -> None:

@@ -12,10 +12,16 @@ Test: tests/distributed/test_patch_megatron.py::test_optimizer_resume_is_needed
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Final
 
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+REPLACES: Final = {
+    "megatron.core.optimizer.distrib_optimizer:"
+    "DistributedOptimizer._set_main_param_and_optimizer_states": "633ed69b862ba3fb",
+    "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_state_dict": "cb1b0f07d84262d9",
+}
 
 
 def apply() -> None:

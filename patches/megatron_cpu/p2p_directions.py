@@ -13,12 +13,16 @@ Test: tests/distributed/test_patch_megatron.py::test_p2p_directions_is_needed
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
+
+REPLACES: Final = {
+    "megatron.core.pipeline_parallel.p2p_communication:P2PCommunicator._communicate": "ef4b39a1c0a97072",
+}
 
 FORWARD, BACKWARD = 1, 2
 NUM_DIMS = 3  # activations are [sequence, batch, hidden]

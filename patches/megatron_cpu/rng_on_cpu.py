@@ -8,8 +8,15 @@ Test: tests/distributed/test_patch_megatron.py::test_rng_on_cpu_is_needed
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from megatron.core.tensor_parallel import random
+
+REPLACES: Final = {
+    "megatron.core.tensor_parallel.random:_get_cuda_rng_state": "2509183eb3c0f0b5",
+    "megatron.core.tensor_parallel.random:_set_cuda_rng_state": "519f7aaa452f0702",
+}
 
 
 def apply() -> None:

@@ -10,9 +10,13 @@ Test: tests/distributed/test_patch_experts.py::test_router_without_te_is_needed
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from megatron.core.transformer.moe import moe_utils
+
+REPLACES: Final = {
+    "megatron.core.transformer.moe.moe_utils:te_general_gemm": "4cacf9a32aedd56d",
+}
 
 
 def apply() -> None:

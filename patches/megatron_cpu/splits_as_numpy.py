@@ -11,10 +11,15 @@ Test: tests/distributed/test_patch_experts.py::test_splits_as_numpy_is_needed
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Final
 
 import torch
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+REPLACES: Final = {
+    "megatron.core.transformer.moe.moe_utils:maybe_move_tensor_to_cpu": "6bf630c5d18155cc",
+    "megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu": "2d2844d9006679e5",
+}
 
 
 def apply() -> None:

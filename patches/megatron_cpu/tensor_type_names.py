@@ -14,10 +14,18 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Final
 
 import torch
 from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
+
+REPLACES: Final = {
+    "megatron.core.optimizer.distrib_optimizer:"
+    "DistributedOptimizer._build_model_and_main_param_groups": "2845e6b20d9490e4",
+    "megatron.core.optimizer.optimizer:Float16OptimizerWithFloat16Params.__init__": "8743ab2b43382ad4",
+    "megatron.core.optimizer.clip_grads:clip_grad_by_total_norm_fp32": "ca34f24bff3dbb7a",
+    "megatron.core.optimizer.optimizer:clip_grad_by_total_norm_fp32": "bdae562b69bb3659",
+}
 
 
 def apply() -> None:

@@ -16,9 +16,13 @@ import importlib
 import sys
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import torch
+
+REPLACES: Final = {
+    "megatron.core:torch.cuda": "60a5810daf29f238",
+}
 
 _CPU = torch.device("cpu")
 

@@ -11,11 +11,16 @@ Test: tests/unit/test_patch_sglang_attention.py, tests/distributed/test_patch_sg
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+REPLACES: Final = {
+    "sglang.srt.layers.attention.torch_native_backend:TorchNativeAttnBackend": "83049e22e6b51075",
+    "sglang.srt.layers.attention.attention_registry:register_attention_backend": "6c70425bf5450862",
+}
 
 
 def register_batched_attention() -> None:

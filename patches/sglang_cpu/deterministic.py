@@ -11,6 +11,13 @@ Test: tests/distributed/test_patch_sglang.py, tests/e2e/test_engine.py
 
 from __future__ import annotations
 
+from typing import Final
+
+REPLACES: Final = {
+    "sglang.srt.batch_invariant_ops:enable_batch_invariant_mode": "a30aa0b45ba02563",
+    "sglang.srt.arg_groups.choices:DETERMINISTIC_ATTENTION_BACKEND_CHOICES": "d42d24f5d384eb8a",
+}
+
 
 def allow_deterministic_inference_on_cpu() -> None:
     """Register torch_native as deterministic (with the radix cache) and keep triton's GEMMs out of the way."""

@@ -11,6 +11,11 @@ from __future__ import annotations
 
 import multiprocessing
 from types import SimpleNamespace
+from typing import Final
+
+REPLACES: Final = {
+    "sglang.srt.entrypoints.engine:mp": "b80bb225164c1a87",
+}
 
 
 def fork_engine_children() -> None:

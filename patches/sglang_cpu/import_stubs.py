@@ -15,7 +15,11 @@ import importlib.util
 import sys
 import types
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
+
+REPLACES: Final = {
+    "sglang.srt.utils.common:triton": "0eec14eceb95f9bb",
+}
 
 STUBBED_PACKAGES = ("triton", "torchvision")
 _STUB_VERSION = "3.6.0"  # of triton, as sglang compares it at import

@@ -10,6 +10,11 @@ Test: tests/distributed/test_patch_sglang.py
 from __future__ import annotations
 
 import sys
+from typing import Final
+
+REPLACES: Final = {
+    "sglang.srt.debug_utils.dumper:_MegatronPlugin": "db679cfa335b980e",
+}
 
 
 def keep_megatron_out() -> None:

@@ -8,11 +8,16 @@ Test: tests/e2e/test_engine.py
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+
+REPLACES: Final = {
+    "sglang.srt.platforms.cpu:CpuDeviceMixin": "c634df2934f011d1",
+    "sglang.srt.platforms.cpu:CpuSRTPlatform": "8fa1f5951f500d17",
+}
 
 
 class NativeCpuPlatform(CpuDeviceMixin, SRTPlatform):

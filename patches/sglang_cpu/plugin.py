@@ -10,6 +10,10 @@ Test: tests/distributed/test_patch_sglang.py
 import os
 from typing import Final
 
+REPLACES: Final = {
+    "sglang.srt.platforms:_resolve_platform": "91fb5f61b3cc4d5c",
+}
+
 ASKED_FOR: Final = "MEGATRON_FIPO_CPU_ENGINE"
 """The environment variable that is set to 1 in the processes of an engine on the CPU."""
 

@@ -10,7 +10,7 @@ Test: tests/unit/test_patch_sglang_sampling.py, tests/distributed/test_patch_sgl
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
@@ -18,6 +18,12 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+
+REPLACES: Final = {
+    "sglang.srt.layers.sampler:Sampler._sample_from_probs": "d7b95f7928f9e1ac",
+    "sglang.srt.layers.sampler:multinomial_with_seed": "428f7f9bca592007",
+    "sglang.srt.layers.sampler:register_sampler_backend": "9b05ecaf4c9bb192",
+}
 
 
 def register_seeded_sampler() -> None:
