@@ -185,10 +185,32 @@ def check_layer_flags(megatron: MegatronSettings, arch: Architecture, transforme
 
 
 def check_checkpoint(settings: Settings, layout: ParallelLayout) -> tuple[Architecture, HFWeights]:
-    """Read the Hugging Face checkpoint's header and compare it with the flags and the layout.
+    """`check_architecture`, and the header of the weights.
 
-    Raises ValueError naming file or flag: a missing or damaged checkpoint, flags that contradict it, a layout that
-    does not divide it, prompts and responses longer than its context.
+    Raises ValueError naming file or flag, for a missing or damaged checkpoint too.
+    """
+    directory = settings.run.hf_checkpoint
+    arch = check_architecture(settings, layout)
+    weights = HFWeights(directory)
+    for name, count in (
+        ("num_hidden_layers", arch.num_layers),
+        ("num_hidden_layers x num_experts", arch.num_layers * (arch.num_moe_experts or 0)),
+    ):
+        require(
+            count <= len(weights.names),
+            f"{directory}/config.json: {name}",
+            count,
+            f"at most the number of tensors in {directory} ({len(weights.names)})",
+        )
+    check_hf_shapes(arch, weights)
+    return arch, weights
+
+
+def check_architecture(settings: Settings, layout: ParallelLayout) -> Architecture:
+    """Read the Hugging Face checkpoint's config.json and compare it with the flags and the layout.
+
+    Raises ValueError naming file or flag: flags that contradict it, a layout that does not divide it, prompts and
+    responses longer than its context.
     """
     directory = settings.run.hf_checkpoint
     arch = read_architecture(directory)
@@ -215,19 +237,7 @@ def check_checkpoint(settings: Settings, layout: ParallelLayout) -> tuple[Archit
         settings.batch.global_batch_size,
         f"at least the number of data-parallel ranks ({layout.dp})",
     )
-    weights = HFWeights(directory)
-    for name, count in (
-        ("num_hidden_layers", arch.num_layers),
-        ("num_hidden_layers x num_experts", arch.num_layers * (arch.num_moe_experts or 0)),
-    ):
-        require(
-            count <= len(weights.names),
-            f"{directory}/config.json: {name}",
-            count,
-            f"at most the number of tensors in {directory} ({len(weights.names)})",
-        )
-    check_hf_shapes(arch, weights)
-    return arch, weights
+    return arch
 
 
 def check_engine_layout(engine: EngineSettings, arch: Architecture) -> None:
