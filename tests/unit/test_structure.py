@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "rollout": DATA | MIDDLE | {"patches"},
     "hybrid": DATA | MIDDLE | {"patches", "actor", "rollout"},
     "trainer": DATA | MIDDLE,
+    "quantization": DATA | MIDDLE | {"trainer"},
     "arguments": DATA | MIDDLE | {"flags"},
 }
 MAY_IMPORT_LIBRARY = {
