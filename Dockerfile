@@ -1,39 +1,89 @@
-# The GPU image: CUDA 13.0, Python 3.12, torch 2.11. It has never been built: what is pinned here was checked against
-# the packages' metadata only (SGLang 0.5.17 requires torch==2.11.0 and transformers==5.12.1; megatron-core 0.19.2
-# requires Python 3.12 and torch >= 2.6; nvidia-modelopt 0.47.0 requires torch >= 2.8). Not checked: the base image's
-# tag, that Transformer Engine and Apex compile against this torch, and that everything runs together. The engine code
-# is written to SGLang 0.5.23 and megatron-core 0.16.1, so the other releases pinned here need a first run.
+# Two images: `gpu` (the default) for training, `cpu` for the quickstart and the tests.
 #
-#   docker build -t megatron-fipo .
-#   docker run --gpus all --ipc=host --ulimit memlock=-1 -it megatron-fipo
-FROM nvidia/cuda:13.0.2-cudnn-devel-ubuntu24.04
+#   docker build -t megatron-fipo .                          docker build --target cpu -t megatron-fipo:cpu .
+#   docker run --gpus all --ipc=host --ulimit memlock=-1 --ulimit stack=67108864 -it megatron-fipo
+#
+# Neither has been built: no Docker and no GPU were at hand. Checked: hadolint, and the pins against each other, the
+# requirements and the metadata of the packages (tests/unit/test_dockerfile.py, tests/tools/test_gpu_pins.py). Not
+# checked: that the base image's and Apex's tags are there, that Apex and Transformer Engine compile, that all of it
+# runs together.
+#
+# The GPU image takes from NGC's PyTorch image the CUDA toolkit, NCCL's and UCX's plug-ins for cluster networks, and
+# Python 3.12, but not its torch, Transformer Engine and Apex: SGLang's kernels (sglang-kernel, flashinfer, deep-gemm)
+# are wheels made for one released torch, and the image's is a build from between two releases, whose C++ interface they
+# do not load against. So a virtual environment of its own gets the torch that SGLang 0.5.23's metadata names, the SGLang
+# that this project's engine code is written and tested against, and Apex and Transformer Engine are compiled for it.
+# This NGC image is one with CUDA 13.0, which that torch is built with.
 
-ARG TORCH=2.11.0
-# The last release whose metadata names torch 2.11.0; 0.5.18 wants 2.13.0.
-ARG SGLANG=0.5.17
-# PyPI's `apex` is another project; NVIDIA's has tags only.
+FROM python:3.11.14-slim-bookworm AS cpu
+
+ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+ENV TORCH_INDEX_URL=$TORCH_INDEX_URL PIP_NO_CACHE_DIR=1
+
+# hadolint ignore=DL3008
+RUN apt-get update && \
+    apt-get install -y --no-install-recommends git procps && \
+    rm -rf /var/lib/apt/lists/* && \
+    useradd --create-home --uid 10001 fipo && \
+    install -d -o fipo -g fipo /workspace/megatron-fipo
+
+USER 10001:10001
+WORKDIR /workspace/megatron-fipo
+
+# What seldom changes first; setup_env.sh finds it there and adds the package.
+COPY --chown=10001:10001 requirements requirements
+RUN python -m venv .venv && \
+    .venv/bin/pip install -r requirements/build.txt && \
+    .venv/bin/pip install -r requirements/torch.txt -c requirements/constraints.txt --index-url "$TORCH_INDEX_URL" && \
+    .venv/bin/pip install -r requirements/cpu.txt -r requirements/test.txt \
+        -c requirements/torch.txt -c requirements/build.txt -c requirements/constraints.txt && \
+    .venv/bin/pip install --no-deps -r requirements/cpu-no-deps.txt
+
+COPY --chown=10001:10001 . .
+RUN bash examples/setup_env.sh
+ENV PATH=/workspace/megatron-fipo/.venv/bin:$PATH
+CMD ["bash", "examples/quickstart.sh"]
+
+
+FROM nvcr.io/nvidia/pytorch:25.10-py3 AS gpu
+
+# SGLang's metadata names this torch; both move together.
+ARG TORCH=2.14.1
+ARG SGLANG=0.5.23
+# NVIDIA's repository has tags only; PyPI's `apex` is another project.
 ARG APEX=26.09
-# Hopper and Blackwell; set it to your own GPUs to compile for less long.
+# Hopper and Blackwell; name your own GPUs to compile for less long.
 ARG TORCH_CUDA_ARCH_LIST="9.0;10.0"
 ARG MAX_JOBS=8
 
-ENV DEBIAN_FRONTEND=noninteractive PATH=/venv/bin:$PATH PIP_NO_CACHE_DIR=1 \
-    TORCH_CUDA_ARCH_LIST=$TORCH_CUDA_ARCH_LIST MAX_JOBS=$MAX_JOBS NVTE_FRAMEWORK=pytorch
+# PIP_CONSTRAINT: the base image pins its own torch through it. CUDNN_PATH: torch's, which Transformer Engine must be
+# compiled against, since that is what is loaded.
+ENV PIP_CONSTRAINT="" PIP_NO_CACHE_DIR=1 VIRTUAL_ENV=/opt/fipo PATH=/opt/fipo/bin:$PATH \
+    CUDNN_PATH=/opt/fipo/lib/python3.12/site-packages/nvidia/cudnn \
+    TORCH_CUDA_ARCH_LIST=$TORCH_CUDA_ARCH_LIST NVTE_FRAMEWORK=pytorch MAX_JOBS=$MAX_JOBS
 
-RUN apt-get update && apt-get install -y --no-install-recommends \
-        git ninja-build libnuma1 python3-dev python3-venv && rm -rf /var/lib/apt/lists/* && \
-    python3 -m venv /venv
+# hadolint ignore=DL3008
+RUN apt-get update && \
+    apt-get install -y --no-install-recommends git libnuma1 ninja-build python3-dev python3-venv && \
+    rm -rf /var/lib/apt/lists/* && \
+    python3 -m venv "$VIRTUAL_ENV" && \
+    useradd --create-home --uid 10001 fipo && \
+    install -d -o fipo -g fipo /workspace/megatron-fipo
 
 WORKDIR /workspace/megatron-fipo
-COPY requirements requirements
 
-RUN pip install -r requirements/build.txt ninja packaging pybind11 && \
-    pip install "torch==$TORCH" --index-url https://download.pytorch.org/whl/cu130
-RUN pip install "sglang==$SGLANG" "torch==$TORCH"
+# The largest and the longest first. SGLang brings torch and everything that was compiled for it.
+COPY requirements/build.txt requirements/build.txt
+RUN pip install -r requirements/build.txt ninja==1.13.0 packaging==26.3 pybind11==3.0.1 && \
+    pip install "torch==$TORCH" "sglang==$SGLANG"
 RUN APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation --no-deps \
         "apex @ git+https://github.com/NVIDIA/apex@$APEX"
-RUN pip install --no-build-isolation -r requirements/gpu.txt -r requirements/test.txt "torch==$TORCH"
+COPY requirements requirements
+RUN pip install --no-build-isolation -r requirements/gpu.txt -r requirements/test.txt "torch==$TORCH" "sglang==$SGLANG"
 
-COPY . .
+COPY --chown=10001:10001 . .
 RUN pip install --no-deps --no-build-isolation --editable . && \
-    python -c 'import megatron.core, megatron_fipo, transformer_engine.pytorch, apex'
+    python -c 'import torch, amp_C, fused_weight_gradient_mlp_cuda, transformer_engine.pytorch, megatron_fipo.actor.model'
+
+USER 10001:10001
+CMD ["bash"]

@@ -47,14 +47,16 @@ def test_this_machine_has_no_transformer_engine() -> None:
         ValueError, match="--transformer-impl is 'transformer_engine', but Transformer Engine is not"
     ) as e:
         check(machine)
-    assert "pip install --no-build-isolation 'transformer-engine[pytorch]==2.20.2' (>= 2.3.0, on a" in str(e.value)
+    assert "pip install --no-build-isolation 'transformer-engine[core_cu13,pytorch]==2.20.2' (>= 2.3.0, on a" in str(
+        e.value
+    )
     assert "\n" not in str(e.value)
     check(machine, "local")
 
 
 def test_the_versions_named_are_the_pinned_ones(repo_root: Path) -> None:
     pins = (repo_root / "requirements" / "gpu.txt").read_text()
-    assert f"transformer-engine[pytorch]=={gpu_packages.TRANSFORMER_ENGINE} " in pins
+    assert f"transformer-engine[core_cu13,pytorch]=={gpu_packages.TRANSFORMER_ENGINE} " in pins
     assert f"ARG APEX={gpu_packages.APEX}\n" in (repo_root / "Dockerfile").read_text()
 
 

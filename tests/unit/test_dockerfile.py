@@ -1,0 +1,154 @@
+"""The Dockerfile, which no test can build: what a linter says, and that its pins agree with all that names them.
+
+What the packages demand of each other is a table here, compared with the package index in tests/tools/test_gpu_pins.py.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from gpu_metadata import REQUIRES
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+INSTRUCTION = re.compile(r"^([A-Z]+)\s+(.*)$", re.DOTALL)
+KNOWN = {"FROM", "ARG", "ENV", "RUN", "COPY", "WORKDIR", "USER", "CMD"}
+GPU_PYTHON = "3.12"  # of the base image
+
+
+@pytest.fixture(scope="module")
+def stages(repo_root: Path) -> dict[str, list[tuple[str, str]]]:
+    """By name, in order: the instructions of each stage, its FROM first."""
+    text = re.sub(r"^\s*#.*\n", "", (repo_root / "Dockerfile").read_text(), flags=re.MULTILINE)
+    found: dict[str, list[tuple[str, str]]] = {}
+    name = ""
+    for line in re.sub(r"\\\n\s*", " ", text).splitlines():
+        if not line.strip():
+            continue
+        match = INSTRUCTION.match(line)
+        assert match, line
+        assert match[1] in KNOWN, line
+        if match[1] == "FROM":
+            name = re.fullmatch(r"\S+ AS (\w+)", match[2])[1]
+        found.setdefault(name, []).append((match[1], match[2]))
+    return found
+
+
+def values(stage: list[tuple[str, str]], instruction: str) -> list[str]:
+    return [value for name, value in stage if name == instruction]
+
+
+def arguments(stage: list[tuple[str, str]]) -> dict[str, str]:
+    return dict(value.split("=", 1) for value in values(stage, "ARG"))
+
+
+def pins(path: Path) -> dict[str, list[Requirement]]:
+    found: dict[str, list[Requirement]] = {}
+    for line in path.read_text().splitlines():
+        if text := line.partition("#")[0].strip():
+            requirement = Requirement(text)
+            found.setdefault(requirement.name, []).append(requirement)
+    return found
+
+
+def pin(path: Path, name: str, python: str = GPU_PYTHON) -> str:
+    environment = {"python_version": python}
+    [version] = [
+        next(iter(each.specifier)).version
+        for each in pins(path)[name]
+        if each.marker is None or each.marker.evaluate(environment)
+    ]
+    return version
+
+
+def test_the_linter_has_nothing_to_say(repo_root: Path) -> None:
+    hadolint = Path(sys.executable).parent / "hadolint"
+    program = str(hadolint) if hadolint.is_file() else shutil.which("hadolint")
+    assert program, "hadolint is not installed: pip install -r requirements/test.txt"
+    done = subprocess.run(
+        [program, "--no-color", "Dockerfile"], cwd=repo_root, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_there_is_a_stage_for_cpus_and_one_for_gpus_which_is_the_default(stages) -> None:
+    assert list(stages) == ["cpu", "gpu"]
+    assert stages["cpu"][0][1].startswith("python:3.11.")
+    assert re.fullmatch(r"nvcr\.io/nvidia/pytorch:\d\d\.\d\d-py3 AS gpu", stages["gpu"][0][1])
+
+
+def test_images_are_pinned_run_as_nobody_and_leave_no_package_lists(stages) -> None:
+    for name, stage in stages.items():
+        image = stage[0][1].split()[0]
+        assert ":" in image, image
+        assert not image.endswith(":latest"), image
+        assert values(stage, "USER")[-1] == "10001:10001", name
+        after_last_user = stage[max(i for i, (kind, _) in enumerate(stage) if kind == "USER") + 1 :]
+        assert {kind for kind, _ in after_last_user} <= {"WORKDIR", "COPY", "RUN", "ENV", "CMD"}
+        for command in values(stage, "RUN"):
+            assert ("apt-get install" in command) == ("rm -rf /var/lib/apt/lists/*" in command)
+            assert not re.search(r"\bsudo\b|\bcurl\b|\bwget\b|chmod 777", command), command
+            for package in re.findall(r"pip install (.*?)(?:&&|$)", command):
+                unpinned = [
+                    word
+                    for word in re.sub(r"-[rc] \S+|--index-url \S+", "", package).replace('"', " ").split()
+                    if not word.startswith("-") and "==" not in word and word not in ("apex", "@", ".")
+                ]
+                assert all(word.startswith("git+https://github.com/NVIDIA/apex@$APEX") for word in unpinned), unpinned
+        assert "PIP_NO_CACHE_DIR=1" in " ".join(values(stage, "ENV"))
+
+
+def test_what_seldom_changes_is_built_before_the_code_is_copied(stages) -> None:
+    for name, stage in stages.items():
+        code = stage.index(next(each for each in stage if each[0] == "COPY" and each[1].endswith(". .")))
+        before = [value for kind, value in stage[:code] if kind == "RUN"]
+        after = [value for kind, value in stage[code:] if kind == "RUN"]
+        assert any("requirements/" in command for command in before), name
+        assert len(after) == 1, name
+        assert "-r requirements" not in after[0], name
+
+
+def test_the_versions_agree_with_the_requirements(repo_root: Path, stages) -> None:
+    requirements = repo_root / "requirements"
+    gpu = arguments(stages["gpu"])
+    assert gpu["SGLANG"] == pin(requirements / "cpu-no-deps.txt", "sglang"), "engine code is tested with another"
+    assert REQUIRES[f"sglang=={gpu['SGLANG']}"]["torch"] == f"=={gpu['TORCH']}"
+    assert REQUIRES[f"sglang=={gpu['SGLANG']}"]["transformers"] == f"=={pin(requirements / 'cpu.txt', 'transformers')}"
+    for name in ("megatron-core", "nvidia-modelopt", "transformer-engine"):
+        assert f"{name}=={pin(requirements / 'gpu.txt', name)}" in REQUIRES
+    assert pin(requirements / "gpu.txt", "megatron-core", "3.11") == pin(requirements / "cpu.txt", "megatron-core")
+    shared = pins(requirements / "cpu.txt").keys() & pins(requirements / "gpu.txt").keys() - {"megatron-core"}
+    for name in shared:
+        assert pin(requirements / "gpu.txt", name) == pin(requirements / "cpu.txt", name), name
+    base = next(value for value in values(stages["cpu"], "FROM"))
+    assert "-slim-" in base
+
+
+def test_the_packages_go_together_by_their_metadata(repo_root: Path, stages) -> None:
+    gpu = arguments(stages["gpu"])
+    chosen = {"torch": gpu["TORCH"], "python": GPU_PYTHON}
+    releases = [f"sglang=={gpu['SGLANG']}"]
+    for name in ("megatron-core", "nvidia-modelopt", "transformer-engine"):
+        releases.append(f"{name}=={pin(repo_root / 'requirements' / 'gpu.txt', name)}")
+    for release in releases:
+        for name, version in chosen.items():
+            wanted = REQUIRES[release].get(name)
+            assert wanted is None or SpecifierSet(wanted).contains(version), f"{release} wants {name}{wanted}"
+    assert REQUIRES[f"torch=={gpu['TORCH']}"]["cuda-toolkit"].startswith("==13.0.")
+    assert "transformer-engine[core_cu13,pytorch]" in (repo_root / "requirements" / "gpu.txt").read_text()
+
+
+def test_what_runs_and_tests_leave_behind_stays_out_of_the_image(repo_root: Path) -> None:
+    ignored = (repo_root / ".dockerignore").read_text().splitlines()
+    assert {".git", ".venv", "runs", "**/__pycache__"} <= set(ignored)
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=repo_root, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    for needed in ("setup.py", "pyproject.toml", "examples/setup_env.sh", "requirements/cpu.txt", "LICENSE"):
+        assert needed in listed
+        assert not any(needed.startswith(line.rstrip("/")) for line in ignored if line and line[0] not in "#*")
