@@ -106,6 +106,7 @@ FIPO_ARGS=(
     --num-updates-per-rollout 8
     --rollout-max-prompt-len 1024
     --rollout-max-response-len 7168
+    --overlong-buffer-len 2048
     --max-tokens-per-micro-batch 16384
     --train-iters 200
     --lr 1e-6
