@@ -25,6 +25,11 @@ setup(
     package_dir={"megatron_fipo.patches": "patches"},
     # SGLang is in no extra: it must be installed without its dependencies on a CPU machine (examples/setup_env.sh)
     # and at the release made for the image's torch on a GPU (Dockerfile).
-    extras_require={"cpu": pins("torch", "cpu"), "gpu": pins("gpu"), "test": pins("test")},
+    extras_require={
+        "cpu": pins("torch", "cpu"),
+        "gpu": pins("gpu"),
+        "quantize": pins("quantize"),
+        "test": pins("test"),
+    },
     entry_points={"sglang.srt.platforms": ["megatron_fipo_cpu = megatron_fipo.patches.sglang_cpu.plugin:activate"]},
 )

@@ -2,10 +2,11 @@
 # Creates .venv/ with everything a CPU machine needs, at the versions in requirements/, or does nothing when it is
 # there. A set-up that was cut short is completed by the next one. pip's output goes to .venv/setup.log.
 #
-#   TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu bash examples/setup_env.sh [kernels]
+#   TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu bash examples/setup_env.sh [kernels|quantize]
 #
 # TORCH_INDEX_URL names the wheel index torch comes from; unset, pip's own settings serve. With `kernels` also triton,
-# in .venv/kernels, which only who puts that on the PYTHONPATH sees: the kernels' tests.
+# in .venv/kernels, and with `quantize` nvidia-modelopt, in .venv/quantize: only who puts that on the PYTHONPATH sees
+# them, which are the kernels' tests, and tools/quantize.py with its tests.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -14,9 +15,8 @@ LOG=$VENV/setup.log
 STAMP=$VENV/setup.stamp
 NEEDED_MIB=4096      # the finished .venv is 2.5 GiB; pip unpacks beside it
 NEEDED_CUDA_MIB=14336
-KERNELS=$VENV/kernels
-KERNELS_STAMP=$VENV/kernels.stamp
-NEEDED_KERNELS_MIB=1536 # triton is 1 GiB
+declare -A VARIANTS=([kernels]="triton, for the kernels' tests" [quantize]="nvidia-modelopt, for tools/quantize.py")
+declare -A NEEDED_VARIANT_MIB=([kernels]=1536 [quantize]=512) # triton is 1 GiB, modelopt with scipy 0.2
 
 say() { printf '%s\n' "set-up: $*" >&2; }
 
@@ -37,8 +37,9 @@ is_complete() {
     [[ -x $VENV/bin/python && -f $STAMP && $(<"$STAMP") == "$(fingerprint)" ]]
 }
 
-kernels_are_complete() {
-    [[ -d $KERNELS && -f $KERNELS_STAMP && $(<"$KERNELS_STAMP") == "$(sha256sum <"$ROOT/requirements/kernels.txt")" ]]
+variant_is_complete() { # its name
+    local stamp=$VENV/$1.stamp
+    [[ -d $VENV/$1 && -f $stamp && $(<"$stamp") == "$(sha256sum <"$ROOT/requirements/$1.txt")" ]]
 }
 
 find_python() {
@@ -176,11 +177,11 @@ compile_all() {
     logged "$VENV/bin/python" -m compileall -qq -j 0 "$VENV/lib" || true
 }
 
-install_kernels() {
-    rm -rf "$KERNELS" # pip leaves alone what lies in a target, whole or not
-    mkdir "$KERNELS"
-    require_disk "$KERNELS" "$NEEDED_KERNELS_MIB"
-    pip_install --no-deps --target "$KERNELS" -r "$ROOT/requirements/kernels.txt"
+install_variant() { # its name
+    rm -rf "${VENV:?}/$1" # pip leaves alone what lies in a target, whole or not
+    mkdir "$VENV/$1"
+    require_disk "$VENV/$1" "${NEEDED_VARIANT_MIB[$1]}"
+    pip_install --no-deps --target "$VENV/$1" -r "$ROOT/requirements/$1.txt"
 }
 
 set_up_venv() {
@@ -197,15 +198,15 @@ set_up_venv() {
     mv "$STAMP.new" "$STAMP"
 }
 
-set_up_kernels() {
-    rm -f "$KERNELS_STAMP"
-    step "triton, for the kernels' tests, in $KERNELS" install_kernels
-    sha256sum <"$ROOT/requirements/kernels.txt" >"$KERNELS_STAMP.new"
-    mv "$KERNELS_STAMP.new" "$KERNELS_STAMP"
+set_up_variant() { # its name
+    rm -f "$VENV/$1.stamp"
+    step "${VARIANTS[$1]}, in $VENV/$1" install_variant "$1"
+    sha256sum <"$ROOT/requirements/$1.txt" >"$VENV/$1.stamp.new"
+    mv "$VENV/$1.stamp.new" "$VENV/$1.stamp"
 }
 
 main() {
-    [[ $# == 0 || $* == kernels ]] || fail "unknown argument: $* (the only one there is: kernels)"
+    [[ $# == 0 || ($# == 1 && -n ${VARIANTS[$1]:-}) ]] || fail "unknown argument: $* (there are kernels and quantize)"
     all_is_there "$@" && return
 
     [[ $(uname -s) == Linux ]] || fail "Linux is needed, but this is $(uname -s)"
@@ -225,14 +226,14 @@ main() {
     NUM_STEPS=0
     trap interrupted INT TERM HUP
     is_complete || NUM_STEPS=6
-    (($# == 0)) || kernels_are_complete || NUM_STEPS=$((NUM_STEPS + 1))
+    (($# == 0)) || variant_is_complete "$1" || NUM_STEPS=$((NUM_STEPS + 1))
     is_complete || set_up_venv
-    (($# == 0)) || kernels_are_complete || set_up_kernels
+    (($# == 0)) || variant_is_complete "$1" || set_up_variant "$1"
     say "complete after $SECONDS s"
 }
 
 all_is_there() {
-    is_complete && { (($# == 0)) || kernels_are_complete; }
+    is_complete && { (($# == 0)) || variant_is_complete "$1"; }
 }
 
 main "$@"

@@ -113,24 +113,25 @@ def test_no_network_is_told_in_one_line_with_the_log(repo: Path) -> None:
     assert says in (repo / ".venv/setup.log").read_text()
 
 
-def test_triton_is_set_up_when_asked_for_and_where_sglang_does_not_find_it(repo: Path) -> None:
+@pytest.mark.parametrize("name", ["kernels", "quantize"])
+def test_a_variant_is_set_up_when_asked_for_and_where_nothing_else_finds_it(name: str, repo: Path) -> None:
     assert set_up(repo).returncode == 0
-    assert not any("kernels" in call for call in pip_calls(repo))
-    asked = set_up(repo, "kernels")
+    assert not any(f"/{name}" in call for call in pip_calls(repo))
+    asked = set_up(repo, name)
     assert asked.returncode == 0
     assert "[1/1]" in asked.stderr
     last = pip_calls(repo)[-1]
     assert "--no-deps --target" in last
-    assert last.endswith(f"{repo}/.venv/kernels -r {repo}/requirements/kernels.txt")
+    assert last.endswith(f"{repo}/.venv/{name} -r {repo}/requirements/{name}.txt")
     num_calls = len(pip_calls(repo))
-    assert set_up(repo, "kernels").stderr == set_up(repo).stderr == ""
-    (repo / "requirements/kernels.txt").write_text("triton==9.9\n")
+    assert set_up(repo, name).stderr == set_up(repo).stderr == ""
+    (repo / f"requirements/{name}.txt").write_text("a-package==9.9\n")
     assert set_up(repo).stderr == ""
     assert len(pip_calls(repo)) == num_calls
-    failed = set_up(repo, "kernels", FAKE_PIP_FAILS_ON="kernels.txt", FAKE_PIP_SAYS="ERROR: No match for triton==9.9")
+    failed = set_up(repo, name, FAKE_PIP_FAILS_ON=f"{name}.txt", FAKE_PIP_SAYS="ERROR: No match for a-package==9.9")
     assert (failed.returncode, failed.stdout) == (1, "")
-    assert "set-up failed: pip says: ERROR: No match for triton==9.9 (log: " in failed.stderr
-    assert "[1/1]" in set_up(repo, "kernels").stderr
+    assert "set-up failed: pip says: ERROR: No match for a-package==9.9 (log: " in failed.stderr
+    assert "[1/1]" in set_up(repo, name).stderr
 
 
 def test_both_are_set_up_at_once_and_other_words_are_refused(repo: Path) -> None:
@@ -138,7 +139,7 @@ def test_both_are_set_up_at_once_and_other_words_are_refused(repo: Path) -> None
     refused = set_up(repo, "kernel")
     assert (refused.returncode, refused.stderr) == (
         1,
-        "set-up failed: unknown argument: kernel (the only one there is: kernels)\n",
+        "set-up failed: unknown argument: kernel (there are kernels and quantize)\n",
     )
 
 
@@ -267,16 +268,17 @@ def test_extras_hold_the_pins_of_the_requirement_files(repo_root: Path, monkeypa
     assert spec.loader is not None
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
     extras = given["extras_require"]
-    assert set(extras) == {"cpu", "gpu", "test"}
+    assert set(extras) == {"cpu", "gpu", "quantize", "test"}
     assert set(extras["cpu"]) == {*pins(repo_root, "torch"), *pins(repo_root, "cpu")}
     assert set(extras["gpu"]) == set(pins(repo_root, "gpu"))
+    assert set(extras["quantize"]) == set(pins(repo_root, "quantize"))
     assert set(extras["test"]) == set(pins(repo_root, "test"))
     assert "torch==2.13.0" in extras["cpu"]
 
 
 def test_every_requirement_is_an_exact_version_given_once(repo_root: Path) -> None:
     named: dict[str, str] = {}
-    for name in ("torch", "build", "cpu", "cpu-no-deps", "test", "kernels", "constraints"):
+    for name in ("torch", "build", "cpu", "cpu-no-deps", "test", "kernels", "quantize", "constraints"):
         for pin in pins(repo_root, name):
             assert re.fullmatch(r"[A-Za-z0-9._-]+(\[[a-z0-9_]+\])?==[0-9][A-Za-z0-9.]*", pin), f"{name}.txt: {pin}"
             package = re.sub(r"[-_.]+", "-", re.split(r"\[|==", pin)[0]).lower()
