@@ -45,10 +45,12 @@ class Signals:
 
     The first one starts the grace time (`set_grace`): when it is over, or when a second one arrives more than a second
     after the first, the process ends at once, whatever it is doing, with what `status_at_once` says. Engines and
-    graders notice that and end too.
+    graders notice that and end too. With `ends_process` the signals are ignored afterwards: launchers signal the ranks
+    that are not as quick to end as the first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, ends_process: bool = False) -> None:
+        self._ends_process = ends_process
         self.received: list[int] = []
         self._grace_s: float | None = None
         self._status_at_once: Callable[[int], tuple[int, str]] | None = None
@@ -75,7 +77,7 @@ class Signals:
         signal.set_wakeup_fd(-1)
         sys.unraisablehook = self._hook
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self._ends_process else handler)
         os.close(self._pipe[1])  # ends the watch
         assert self._watch is not None
         self._watch.join()

@@ -29,6 +29,7 @@ from megatron_fipo.assembly import (
 )
 from megatron_fipo.checks import Checked, holds_checkpoints
 from megatron_fipo.config import FIPOSettings
+from megatron_fipo.connections import notice_lost_machines
 from megatron_fipo.engine_nodes import RunEngines, await_engines, find_nodes, start_own_engines
 from megatron_fipo.hybrid.turns import HybridEngine
 from megatron_fipo.interruption import Signals
@@ -106,6 +107,7 @@ def _run(
     groups = initialize_model_parallel(
         layout, seed=settings.run.seed, timeout_minutes=settings.run.distributed_timeout_minutes
     )
+    notice_lost_machines(settings.run.node_timeout_s)
     if engines_first:
         with log.stage("start engines", part_of_step=False):
             engines = await_engines(

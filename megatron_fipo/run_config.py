@@ -37,6 +37,7 @@ class RunSettings:
     wandb_exp_name: str | None = setting(None, "name of the run there (default: the last part of --output-dir)")
     export_hf: str | None = setting(None, "directory to export the final model to, as Hugging Face safetensors")
     distributed_timeout_minutes: int = setting(10, "minutes a collective may wait")
+    node_timeout_s: int = setting(120, "seconds that another node may be unreachable before the run ends")
 
     def __post_init__(self) -> None:
         require(
@@ -76,6 +77,7 @@ class RunSettings:
             self.distributed_timeout_minutes,
             ">= 1 minute",
         )
+        require(self.node_timeout_s >= 4, "--node-timeout-s", self.node_timeout_s, ">= 4 seconds")
 
 
 GuardAction = Literal["off", "warn", "stop"]

@@ -15,10 +15,10 @@ FIRST_PORT, NUM_PORTS = 20000, 10000  # below those that Linux hands out by itse
 _SEED_DIR = '/"seed-$SEED"'
 
 _ENDING = """
-# srun names the node and the ranks of what failed. A rank that ends with {requeue} has saved because it was asked to, as
-# it is when another one fails: that is no failure of its own, though srun takes the highest status for its own.
+# srun names the node and the ranks of what failed. A rank that ends with {requeue} has saved as it was asked to,
+# as when another one fails: that is no failure of its own, though srun takes the highest status of all.
 failures() {{ sed -nE 's/^srun: error: ([^ :]+): tasks? ([0-9]+)[^:]*: (.*)$/\\1 \\2 \\3/p' "$LOGS/srun.log"; }}
-status_of() {{ sed -nE 's/.* Exited with exit code ([0-9]+)$/\\1/p' | grep -vx {requeue} | head -n 1; }}
+first_status() {{ sed -nE 's/.* Exited with exit code ([0-9]+)$/\\1/p' | grep -vx {requeue} | head -n 1; }}
 
 # Sets NODE, RANK and REASON to the first of: a rank that a signal or its node ended, one that said why, any other.
 find_failure() {{
@@ -34,7 +34,7 @@ find_failure() {{
                 return
             fi
         done
-        found=$(failures | grep -v 'Exited with exit code {requeue}$' | head -n 1)
+        found=$(failures | grep -v '{saved}' | head -n 1)
     fi
     [[ -n $found ]] || return
     read -r NODE RANK REASON <<<"$found"
@@ -60,12 +60,12 @@ if [[ $status == 0 ]]; then
     printf 'job %s: finished\\n' "$NAME"
     exit 0
 fi
-own_status=$(failures | status_of)
-if [[ $status == {requeue} && -z $own_status ]] && ! failures | grep -qv 'Exited with exit code'; then
+if failures | grep -q '{saved}' && ! failures | grep -qv -e '{saved}' -e 'Terminated$'; then
     {when_saved}
     exit {requeue}
 fi
-[[ $status != {requeue} ]] || status=${{own_status:-1}}
+[[ $status != {requeue} ]] || status=$(failures | first_status)
+status=${{status:-1}}
 find_failure
 if [[ -n $RANK ]]; then
     printf 'job %s: rank %s on %s failed: %s (%s)\\n' "$NAME" "$RANK" "$NODE" "$REASON" "$LOGS/rank-$RANK-$NODE.log"
@@ -204,13 +204,18 @@ def _srun(job: SlurmJob) -> list[str]:
 
 
 def _ending(job: SlurmJob) -> str:
-    values = {"requeue": REQUEUE, "user_error": USER_ERROR, "max_failures": job.max_failures}
+    values = {
+        "requeue": REQUEUE,
+        "saved": f"Exited with exit code {REQUEUE}$",
+        "user_error": USER_ERROR,
+        "max_failures": job.max_failures,
+    }
     excluded = f"{job.sbatch['exclude']}," if "exclude" in job.sbatch else ""
-    saved = "requeue 'to go on from its checkpoint'" if job.requeue else "printf 'job %s: saved\\n' \"$NAME\""
+    when_saved = "requeue 'to go on from its checkpoint'" if job.requeue else "printf 'job %s: saved\\n' \"$NAME\""
     return _ENDING.format(
         **values,
         max_requeues=job.max_requeues,
         lost_rank=quoted(LOST_RANK),
-        when_saved=saved,
+        when_saved=when_saved,
         when_failed=_RETRY.format(**values, excluded=excluded) if job.max_failures else "",
     )

@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_fipo.interruption import ASKING, LAUNCHER_PID, REQUEUE, Signals, end_with_parent
+from megatron_fipo.interruption import LAUNCHER_PID, REQUEUE, Signals, end_with_parent
 
 if TYPE_CHECKING:
     from megatron_fipo.arguments import Settings
@@ -22,20 +23,30 @@ USER_ERROR = 2
 RUN_FAILED = 1
 LOST_RANK = "another rank ended, or cannot be reached any more"
 # what gloo and NCCL say when a rank is gone
-LOST_CONNECTION = ("closed by peer", "reset by peer", "closed by remote peer", "Broken pipe", "remote process exit")
+LOST_CONNECTION = (
+    "closed by peer",
+    "reset by peer",
+    "closed by remote peer",
+    "Broken pipe",
+    "remote process exit",
+    "Connection timed out",
+    "No route to host",
+    "Timed out waiting",
+)
+_PEER = re.compile(r"\[([0-9a-f.:]+)\]:\d+")  # as gloo names an address
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, ends_process: bool = False) -> int:
     """Parse, check, run. Errors the user can act on, and signals, become one line on stderr and a non-zero status.
 
     What needs no Megatron is checked before Megatron is imported, which takes seconds; and all that needs no engine
-    before one starts.
+    before one starts. `ends_process`: nothing comes after this, and no signal is to disturb that.
     """
     from megatron_fipo.arguments import parse_arguments
 
     is_rank_zero = _is_zero("RANK", "SLURM_PROCID")
     save: str | None = None
-    with Signals() as signals:
+    with Signals(ends_process=ends_process) as signals:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             # or else, should the launcher be killed, ranks would write beside those of the next run
             launcher = os.environ.get(LAUNCHER_PID, "")
@@ -43,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             try:
                 settings = parse_arguments(arguments)
+                _check_started(os.environ)
             except ValueError as error:
                 signals.ending()
                 return _fail(error, USER_ERROR, is_rank_zero)
@@ -70,7 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if isinstance(error, OSError) and error.filename is not None:
                 return _fail(error, RUN_FAILED, True)  # a full disk, a directory that cannot be written
             if is_lost:
-                return _fail(RuntimeError(LOST_RANK), RUN_FAILED, True)
+                return _fail(_lost(error), RUN_FAILED, True)
+            if (failure := _rendezvous_failure(error)) is not None:
+                return _fail(failure, RUN_FAILED, _is_zero("LOCAL_RANK", "SLURM_LOCALID"))
             raise
 
 
@@ -102,6 +116,46 @@ def _checked_run(settings: Settings, signals: Signals, is_rank_zero: bool) -> in
                 return _interrupted(signals.received[0], settings.run.save, is_rank_zero)
             return RUN_FAILED  # rank 0 says why
     return 0 if is_finished else REQUEUE
+
+
+def _check_started(environment: Mapping[str, str]) -> None:
+    """What a batch script can forget; torchrun does not. Raises ValueError."""
+    if "RANK" in environment or "SLURM_PROCID" not in environment:
+        return
+    if "SLURM_STEP_ID" not in environment:  # the variables of a batch script are those of a rank 0
+        raise ValueError("this is a Slurm job, but no task of srun: start with srun, or with torchrun")
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
+    if missing:
+        raise ValueError(
+            f"{' and '.join(missing)} must be set in the batch script: export "
+            'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) MASTER_PORT=29500'
+        )
+
+
+def _rendezvous_failure(error: Exception) -> RuntimeError | None:
+    """What became of the ranks' first meeting, in a line; None for other errors."""
+    from torch.distributed import DistNetworkError, DistStoreError
+
+    if not isinstance(error, DistNetworkError | DistStoreError):
+        return None
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    said = str(error).partition("\n")[0]
+    if "EADDRINUSE" in said:
+        return RuntimeError(
+            f"MASTER_PORT is {os.environ['MASTER_PORT']}, where another program listens: choose another"
+        )
+    if joined := re.search(r"(\d+)/(\d+) clients joined", said):
+        return RuntimeError(
+            f"only {joined[1]} of {joined[2]} ranks came to {address} (MASTER_ADDR, MASTER_PORT) in time"
+        )
+    return RuntimeError(f"rank 0 cannot be reached at {address} (MASTER_ADDR, MASTER_PORT): {said}")
+
+
+def _lost(error: Exception) -> RuntimeError:
+    """The one line about a rank that is gone, with its machine's address where that is another one."""
+    peer = _PEER.search(str(error))
+    elsewhere = peer is not None and not peer[1].startswith(("127.", "::1", "0.0.0.0"))
+    return RuntimeError(f"{LOST_RANK} (at {peer[1]})" if peer is not None and elsewhere else LOST_RANK)
 
 
 def _interrupted(number: int, save: str | None, speaks: bool) -> int:
@@ -146,7 +200,4 @@ def _fail(error: Exception, status: int, speaks: bool) -> int:
 
 
 if __name__ == "__main__":
-    exit_status = main()
-    for asking in ASKING:  # torchrun sends one to the ranks that are not as quick to end as the first
-        signal.signal(asking, signal.SIG_IGN)
-    sys.exit(exit_status)
+    sys.exit(main(ends_process=True))

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "faults")]
-import fault_program
+import fault_program  # noqa: E402
 
 
 def main() -> int:
@@ -24,4 +25,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # as the program does
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(status)

@@ -41,9 +41,9 @@ class Node:
 
 
 @contextlib.contextmanager
-def two_nodes(directory: Path) -> Iterator[tuple[Node, Node]]:
+def two_nodes(directory: Path, tag: str = "mf") -> Iterator[tuple[Node, Node]]:
     """Nodes n1 and n2, joined by a veth pair. Nothing of this machine's own network is changed."""
-    tag = f"mf{os.getpid() % 100000}"
+    tag = f"{tag}{os.getpid() % 100000}"
     nodes = []
     for index, name in enumerate(NAMES, start=1):
         hosts = directory / f"hosts-{name}"

@@ -14,6 +14,7 @@ from pathlib import Path
 from namespaces import Node, two_nodes
 
 START_WITHIN_S = 30.0
+ENDED = frozenset("CANCELLED COMPLETED FAILED NODE_FAIL OUT_OF_MEMORY TIMEOUT".split())
 # cred_expire: how long a requeued job waits at least, 2 minutes otherwise
 CONFIGURATION = """
 ClusterName=local
