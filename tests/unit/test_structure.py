@@ -32,6 +32,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "trainer": DATA | MIDDLE,
     "quantization": DATA | MIDDLE | {"trainer"},
     "arguments": DATA | MIDDLE | {"flags"},
+    "planning": DATA | MIDDLE,
 }
 MAY_IMPORT_LIBRARY = {
     "megatron": {"actor", "patches"},
