@@ -15,6 +15,9 @@ from collections.abc import Sequence
 from megatron_fipo.quantization.request import parse_request
 from megatron_fipo.train import RUN_FAILED, USER_ERROR
 
+NAMES_HERE = {"--prompt-data": "--calibration-data", "--rollout-max-prompt-len": "--calibration-seq-length"}
+"""Flags of training that the data loader's errors name, and what they are called here."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status. What the user can act on is one line on stderr and a status of 2."""
@@ -29,7 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted; nothing was written", file=sys.stderr, flush=True)
         return 130
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        message = str(error)
+        for name, here in NAMES_HERE.items():
+            message = message.replace(name, here)
+        print(f"error: {message}", file=sys.stderr, flush=True)
         return USER_ERROR
     except OSError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

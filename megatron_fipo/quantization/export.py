@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from megatron_fipo.quantization.formats import ALIGNMENT, Format
@@ -71,7 +72,7 @@ def write_quantised(
         if save_dir.is_dir():
             save_dir.rmdir()
         aside.rename(save_dir)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"--save {str(save_dir)!r} cannot be written: {error}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
