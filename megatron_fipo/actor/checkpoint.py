@@ -37,6 +37,8 @@ from megatron_fipo.actor.checkpoint_writing import Snapshot, Written, saved, tak
 from megatron_fipo.actor.finite_weights import require_finite_weights
 from megatron_fipo.actor.model import gather_parameters, unwrapped
 
+FP8_SCALES = "fp8_scaling"
+
 
 def save_checkpoint(
     actor: Actor,
@@ -104,7 +106,7 @@ def snapshot_of(actor: Actor, step: int, trainer_state: Mapping[str, Any] | None
     small_files: dict[str, bytes] = {}
 
     def take_small_files() -> None:
-        small_files[f"rng_{rank}.pt"] = saved(_rng_state())
+        small_files[f"rng_{rank}.pt"] = saved(_state_of_layout(actor))
         if rank == 0:
             model, layout = _model_of(actor), _layout_of(actor)
             state = {"step": step, "model": model, "layout": layout, "trainer": trainer_state, "score": score}
@@ -131,7 +133,7 @@ def snapshot_of(actor: Actor, step: int, trainer_state: Mapping[str, Any] | None
 
 
 def load_checkpoint(actor: Actor, directory: Path) -> bool:
-    """Load model, optimizer, schedule and, at the layout that saved it, the random states.
+    """Load model, optimizer, schedule and, at the layout that saved it, the random states and the scales of FP8.
 
     `directory` must have passed `verify_checkpoint`. Returns whether layout and precision are the saved ones: then the
     run goes on bit for bit. Raises CheckpointError when it holds another model or optimizer or was trained with another
@@ -151,7 +153,7 @@ def load_checkpoint(actor: Actor, directory: Path) -> bool:
     _require_same_hyperparameters(directory, _hyperparameters(actor), wanted)
     same_layout = state["layout"] == layout
     if same_layout:
-        agreed(lambda: _set_rng_state(directory / f"rng_{actor.layout.rank}.pt"), control)
+        agreed(lambda: _set_state_of_layout(actor, directory / f"rng_{actor.layout.rank}.pt"), control)
     return same_layout
 
 
@@ -353,6 +355,22 @@ def _layout_of(actor: Actor) -> dict[str, Any]:
         "params_dtype": str(next(actor.chunks[0].parameters()).dtype),
         "device": actor.device.type,
     }
+
+
+def _state_of_layout(actor: Actor) -> dict[str, Any]:
+    """What only a rank of the same layout has a use for."""
+    scales = {} if actor.scaling is None else {FP8_SCALES: actor.scaling.state()}
+    return {**_rng_state(), **scales}
+
+
+def _set_state_of_layout(actor: Actor, path: Path) -> None:
+    _set_rng_state(path)
+    if actor.scaling is None:
+        return
+    scales = read_tensors(path).get(FP8_SCALES)
+    if not isinstance(scales, dict) or not all(isinstance(scale, torch.Tensor) for scale in scales.values()):
+        raise CheckpointError(f"{path} holds no {FP8_SCALES!r}: it was saved without --fp8-recipe delayed")
+    actor.scaling.load(scales)
 
 
 def _rng_state() -> dict[str, Any]:

@@ -54,6 +54,7 @@ def hf_to_megatron(
     for a `save_dir` that holds anything; nothing is left there then.
     """
     arch, weights = read_architecture(hf_dir), HFWeights(hf_dir)
+    require(tp_size >= 1, "--tensor-model-parallel-size", tp_size, ">= 1")
     check_layout(arch, ParallelLayout(tp=tp_size, etp=tp_size, sequence_parallel=True))
     require(vocab_divisible_by >= 1, "--make-vocab-size-divisible-by", vocab_divisible_by, ">= 1")
     check_hf_shapes(arch, weights)

@@ -43,7 +43,7 @@ class Inspection:
     directory: str
     iteration: int | str | None = None
     others: list[str] = field(default_factory=list)  # checkpoints beside it
-    tensors: dict[str, dict[str, Any]] = field(default_factory=dict)  # of the model: name -> shape, dtype
+    tensors: dict[str, dict[str, Any]] = field(default_factory=dict)  # of the model: name -> shape, dtype, size_bytes
     num_parameters: int = 0
     model_bytes: int = 0
     total_bytes: int = 0
@@ -193,14 +193,14 @@ def _read_all(found: Inspection, read: Callable[[str], torch.Tensor], advance: C
 
 
 def _described(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
-    return {"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}
+    size = torch.Size(shape).numel() * dtype.itemsize
+    return {"shape": list(shape), "dtype": str(dtype).removeprefix("torch."), "size_bytes": size}
 
 
 def _count(found: Inspection) -> None:
     for tensor in found.tensors.values():
-        numel = torch.Size(tensor["shape"]).numel()
-        found.num_parameters += numel
-        found.model_bytes += numel * getattr(torch, tensor["dtype"]).itemsize
+        found.num_parameters += torch.Size(tensor["shape"]).numel()
+        found.model_bytes += tensor["size_bytes"]
 
 
 def _size_of(directory: Path) -> int:

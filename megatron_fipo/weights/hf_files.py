@@ -183,7 +183,7 @@ def write_hf_checkpoint(
         for name in COPIED_FILES:
             if (source_dir / name).is_file():
                 shutil.copyfile(source_dir / name, aside / name)
-        _set_config_dtype(aside / "config.json", dtype)
+        _set_config_dtype(aside / "config.json", dtype, source_dir)
         sizes = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
         (aside / EXPORT_RECEIPT).write_text(json.dumps({"size_bytes": sizes}, indent=2) + "\n")
         _commit(aside, save_dir)
@@ -329,13 +329,25 @@ def _write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]], max_sh
     return dtypes.pop()
 
 
-def _set_config_dtype(path: Path, dtype: torch.dtype) -> None:
-    """Make config.json name the exported dtype: transformers would cast the weights to another one."""
+def _set_config_dtype(path: Path, dtype: torch.dtype, source_dir: Path) -> None:
+    """Make config.json name the exported dtype: transformers would cast the weights to another one. One that names none
+    may stay so where the weights beside it have that dtype too."""
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    if config.get(key) is None and _dtypes_in(source_dir) == {dtype}:
+        return
     name = next(name for name, known in DTYPES.items() if known == dtype)
     if config.get(key) != name:
         path.write_text(json.dumps(config | {key: name}, indent=2) + "\n", encoding="utf-8")
+
+
+def _dtypes_in(directory: Path) -> set[torch.dtype]:
+    """Of the tensors in `directory`; none where it holds no model that could be read, only a configuration."""
+    try:
+        weights = HFWeights(directory)
+        return {weights.dtype(name) for name in weights.names}
+    except ValueError:
+        return set()
 
 
 def _commit(aside: Path, save_dir: Path) -> None:

@@ -28,18 +28,18 @@ def make_model(family: str, *, tied: bool, seed: int = 0, **fields: Any) -> Any:
     extra: dict[str, Any] = {"head_dim": 12} if family.startswith("qwen3") else {}
     if family == "qwen3_moe":
         extra |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
-    config = config_class(
-        vocab_size=VOCAB,
-        hidden_size=40,
-        intermediate_size=88,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        rms_norm_eps=1e-6,
-        tie_word_embeddings=tied,
-        **{**extra, **fields},
-    )
+    usual = {
+        "vocab_size": VOCAB,
+        "hidden_size": 40,
+        "intermediate_size": 88,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": tied,
+    }
+    config = config_class(**{**usual, **extra, **fields})
     torch.manual_seed(seed)
     model = model_class(config).eval()
     with torch.no_grad():
