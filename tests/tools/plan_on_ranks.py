@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from actor_on_ranks import OPTIMIZER, make_groups, settings_for
 from megatron.core import parallel_state
+from megatron.core.transformer.moe.experts import SequentialMLP
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_fipo.actor.actor import Actor, build_actor
@@ -66,12 +67,14 @@ def measure(
 
     update()
     packs = actor._packed(mine, old if made.is_last_stage else None)
+    to_experts = rows_to_experts(actor, packs[0]) if made.pp == 1 else []
     found: dict[str, Any] = {
         "states": state_bytes(actor),
         "rows": [len(pack.token_ids) for pack in packs],
+        "rows_to_experts": to_experts,
         "saved": saved_bytes(actor, packs[0]) if made.pp == 1 else None,
         "peak": peak_bytes(update),
-        "coordinates": [made.pp_rank, made.dp_rank],
+        "stage": made.pp_rank,
     }
     return found
 
@@ -102,6 +105,21 @@ def state_bytes(actor: Actor) -> dict[str, int]:
     left = {part: offloader.leave(part) for part in PARTS}
     offloader.enter(*PARTS)
     return left
+
+
+def rows_to_experts(actor: Actor, batch: PackedBatch) -> list[int]:
+    """Copies of tokens that this rank's experts are sent, layer by layer."""
+    counts: list[int] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda _, inputs: counts.append(len(inputs[0])))
+        for module in actor.chunks[0].modules()
+        if isinstance(module, SequentialMLP)
+    ]
+    with torch.no_grad():
+        run_model(actor.chunks[0], batch)
+    for hook in hooks:
+        hook.remove()
+    return counts
 
 
 def saved_bytes(actor: Actor, batch: PackedBatch) -> int:
