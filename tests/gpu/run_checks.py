@@ -40,7 +40,7 @@ CHECKS = (
     Check("actor, local layers, experts", ("check_actor.py", "--family", "qwen3_moe")),
     Check("actor, Transformer Engine", ("check_actor.py", *ENGINE, "--bf16")),
     Check("actor, Transformer Engine, Qwen3", ("check_actor.py", *ENGINE, "--bf16", "--family", "qwen3")),
-    Check("actor, Transformer Engine, experts", ("check_actor.py", *ENGINE, "--bf16", "--family", "qwen3_moe")),
+    Check("actor, Transformer Engine, experts", ("check_actor.py", *ENGINE, "--family", "qwen3_moe")),
     *(Check(f"FP8, {name}", ("check_actor.py", *ENGINE, "--fp8-recipe", name)) for name in RECIPES),
     Check("layouts over NCCL, local layers", ("check_layouts.py",), 3600),
     Check("layouts over NCCL, Transformer Engine", ("check_layouts.py", *ENGINE), 3600),

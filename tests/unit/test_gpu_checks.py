@@ -1,0 +1,71 @@
+"""The script that runs the GPU checks: its table and its exit status."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gpu"))
+
+import check_quickstart
+import run_checks
+from run_checks import CHECKS, Check, Outcome
+
+from megatron_fipo.arguments import parse_arguments
+
+
+def test_every_program_that_is_there_is_run_under_a_name_of_its_own(repo_root: Path) -> None:
+    programs = {path.name for path in (repo_root / "tests" / "gpu").glob("check_*.py")}
+    assert programs <= {check.command[0] for check in CHECKS}
+    assert len({check.name for check in CHECKS}) == len(CHECKS)
+
+
+def test_a_check_counts_by_its_last_word_and_its_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs = {
+        "passes.py": 'print(\'{"result": "passed", "reason": "a | b"}\')',
+        "fails.py": 'print(\'{"result": "failed", "reason": "off by 3"}\'); raise SystemExit(1)',
+        "lacks.py": 'print(\'{"result": "skipped", "reason": "not installed: x"}\'); raise SystemExit(77)',
+        "dies.py": 'print(\'{"result": "passed", "reason": ""}\'); raise SystemExit(139)',
+        "mute.py": "",
+        "hangs.py": "import time; time.sleep(60)",
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(text + "\n")
+    monkeypatch.setattr(run_checks, "HERE", tmp_path)
+    found = {
+        name: run_checks.run(
+            Check(name.removesuffix(".py"), (name,), timeout_s=1 if name == "hangs.py" else 60), tmp_path
+        )
+        for name in (*programs, "absent.py")
+    }
+    results = {name.removesuffix(".py"): outcome.result for name, outcome in found.items()}
+    assert results == {
+        **{"passes": "passed", "fails": "failed", "lacks": "skipped", "dies": "failed", "mute": "failed"},
+        **{"hangs": "failed", "absent": "skipped"},
+    }
+    assert found["fails.py"].reason == "off by 3"
+    assert found["dies.py"].reason.startswith("ended with status 139")
+    assert found["hangs.py"].reason.startswith("not done after 1 s")
+    table = run_checks.table(list(found.values())).splitlines()
+    assert table[0] == "| check | result | seconds | reason |"
+    assert table[2].endswith("| a / b |")
+
+
+def test_the_exit_status_tells_failed_from_nothing_could_run() -> None:
+    def outcomes(*results: str) -> list[Outcome]:
+        return [Outcome(CHECKS[0], result, 0.0, "") for result in results]
+
+    assert run_checks.exit_status(outcomes("passed", "skipped")) == 0
+    assert run_checks.exit_status(outcomes("passed", "failed", "skipped")) == 1
+    assert run_checks.exit_status(outcomes("skipped", "skipped")) == 3
+
+
+def test_the_quickstarts_flags_are_flags(repo_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    options = SimpleNamespace(hf_checkpoint="model", device="cuda", steps=12, flags=["--seed", "3"])
+    settings = parse_arguments(check_quickstart.training_flags(options, "out"))
+    assert (settings.run.train_iters, settings.run.seed, settings.megatron.device) == (12, 3, "cuda")
+    assert settings.engine.server_args == {"mem_fraction_static": 0.5}
