@@ -30,7 +30,8 @@ class Fidelity:
 
 @torch.no_grad()
 def compare(before: Any, after: Any, batches: Iterable[Tensor]) -> Fidelity:
-    """Run both models on the token ids [B, L] of every batch. Raises ValueError when there is no token to predict."""
+    """Run both models on the token ids [B, L] of every batch. Raises ValueError when there is no token to predict, and
+    when a model's predictions are no numbers."""
     sums = torch.zeros(4, dtype=torch.float64)  # KL, same, -log p before, -log p after
     num_tokens, largest = 0, 0.0
     for token_ids in batches:
@@ -52,6 +53,9 @@ def compare(before: Any, after: Any, batches: Iterable[Tensor]) -> Fidelity:
     if not num_tokens:
         raise ValueError("the calibration text has no prompt of two tokens or more: there is nothing to predict")
     kl, same, loss_before, loss_after = (sums / num_tokens).tolist()
+    for model, loss in (("the model", loss_before), ("the quantised model", loss_after)):
+        if not np.isfinite(loss):
+            raise ValueError(f"{model}'s predictions of the calibration text are not finite: nothing was written")
     return Fidelity(num_tokens, kl, largest, same, float(np.exp(loss_before)), float(np.exp(loss_after)))
 
 

@@ -61,8 +61,12 @@ def quantise_model(
     """Make the linear layers of `model` compute as quantised ones do; output layer, embedding and routers stay.
 
     `batches()` gives the token ids [B, L] to calibrate on, afresh at each call: AWQ reads them twice. `stored` is the
-    dtype of what stays unquantised in the file, and of AWQ's scales. Raises ValueError when no activation was finite.
+    dtype of what stays unquantised in the file, and of AWQ's scales. Raises ValueError for weights or activations that
+    are not finite.
     """
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise ValueError(f"{name} has NaN or infinite elements: it has no quantised form")
     with quiet():
         import modelopt.torch.quantization as mtq
 

@@ -217,6 +217,15 @@ def test_folding_the_smoothing_changes_nothing_as_long_as_nothing_is_quantised(n
     assert {"model.layers.0.input_layernorm.weight", "model.layers.1.mlp.up_proj.weight"} <= set(changed)
 
 
+@pytest.mark.parametrize("quant_format", ["fp8", "int4-awq"])
+def test_a_weight_that_is_no_number_is_named(quant_format: Format) -> None:
+    model = make_model("llama", tied=True, **SIZES)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = torch.nan
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight has NaN or infinite elements"):
+        quantise_model(model, quant_format, 32 if quant_format == "int4-awq" else None, torch.bfloat16, batches)
+
+
 def test_awq_codes_lie_where_the_kernels_look_for_them() -> None:
     codes = torch.arange(-8, 8).repeat(2, 1)  # [2, 16]: two of the eight columns of a packed row
     codes = torch.cat([codes, torch.zeros(6, 16, dtype=codes.dtype)])
