@@ -30,6 +30,7 @@ from megatron_fipo.weights.architecture import (
 from megatron_fipo.weights.hf_files import HFWeights, check_hf_shapes, write_hf_checkpoint
 from megatron_fipo.weights.mapping import EMBEDDING, OUTPUT, checked_stream, expected_megatron_names, shard_from_hf
 from megatron_fipo.weights.megatron_arguments import to_arguments
+from megatron_fipo.weights.source import is_finite
 from megatron_fipo.weights.stored_names import extra_states, places_to_write
 
 CHECKPOINT_VERSION = 3.0  # Megatron-LM's, since 2020
@@ -156,7 +157,7 @@ def _common_state(
 
 
 def _checked(name: str, tensor: Tensor) -> Tensor:
-    if not torch.isfinite(tensor).all():
+    if not is_finite(tensor):
         raise CheckpointError(f"{name} holds a number that is not finite: a model with it answers nothing")
     return tensor
 

@@ -25,6 +25,7 @@ from megatron_fipo.actor.megatron_weights import TRACKER, find_megatron_checkpoi
 from megatron_fipo.actor.torch_dist_files import FORMAT, StoredTensors, read_common
 from megatron_fipo.weights.architecture import read_architecture
 from megatron_fipo.weights.hf_files import INDEX_NAME, SINGLE_NAME, HFWeights, check_hf_shapes
+from megatron_fipo.weights.source import is_finite
 from megatron_fipo.weights.stored_names import EXTRA_STATE, OPTIMIZER_KEY
 
 Kind = Literal["checkpoint of a run", "Megatron-LM checkpoint", "Hugging Face model"]
@@ -182,7 +183,7 @@ def _read_all(found: Inspection, read: Callable[[str], torch.Tensor], advance: C
     for done, name in enumerate(found.tensors, start=1):
         try:
             tensor = read(name)
-            if not torch.isfinite(tensor).all():
+            if not is_finite(tensor):
                 found.problems.append(f"{name} holds numbers that are not finite")
         except ValueError as error:
             broken += 1

@@ -47,7 +47,6 @@ SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch
 IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # a buffer that old files carry
 ROWS_PER_COMPARISON = 4096
 MAX_NAME_LEN = 200  # of a file that an index names
-MAX_OPEN_FILES = 2  # a layer may lie in two
 
 
 class HFWeights:
@@ -62,7 +61,7 @@ class HFWeights:
         self.directory = Path(directory)
         self._path_of: dict[str, Path] = {}
         self._headers: dict[str, tuple[tuple[int, ...], str]] = {}
-        self._open: dict[Path, Any] = {}
+        self._open: tuple[Path, Any] | None = None
         for path in _find_files(self.directory):
             file = _open_safetensors(path)
             for name in file.keys():  # noqa: SIM118
@@ -112,13 +111,13 @@ class HFWeights:
         return self._headers[name]
 
     def _slice(self, name: str) -> Any:
-        """Its file is mapped into memory until others are read: what was read of a mapping stays there with it."""
+        """Its file is mapped into memory until another one is read: what was read of a mapping stays with it."""
         self._header(name)
         path = self._path_of[name]
-        self._open[path] = self._open.pop(path, None) or _open_safetensors(path)
-        while len(self._open) > MAX_OPEN_FILES:
-            self._open.pop(next(iter(self._open)))
-        return self._open[path].get_slice(name)
+        if self._open is None or self._open[0] != path:
+            self._open = None
+            self._open = path, _open_safetensors(path)
+        return self._open[1].get_slice(name)
 
     def _check_range(self, name: str, dim: int, start: int, stop: int) -> None:
         self.dtype(name)

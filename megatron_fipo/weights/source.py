@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Protocol
 
@@ -32,3 +33,8 @@ class WeightSource(Protocol):
 
     def read_columns(self, name: str, start: int, stop: int) -> Tensor:
         """Columns `start` to `stop` (exclusive) of a matrix: dimension 1."""
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether it holds finite numbers alone, found without a copy of it."""
+    return tensor.numel() == 0 or all(math.isfinite(bound) for bound in tensor.aminmax())
