@@ -26,7 +26,9 @@ from megatron_fipo.weights.architecture import (
     read_architecture,
 )
 from megatron_fipo.weights.hf_files import HFWeights, check_hf_shapes, check_replaceable
+from megatron_fipo.weights.source import WeightSource
 
+MEGATRON_LMS_LATEST = "latest_checkpointed_iteration.txt"
 LATEST = "latest"  # in a directory of checkpoints, once there is a whole one
 NEED_TRANSFORMER_ENGINE = frozenset(
     "cp_comm_type fp4 fp8 moe_grouped_gemm moe_permute_fusion moe_router_fusion tp_comm_overlap "
@@ -42,7 +44,7 @@ class Checked:
     device: torch.device
     transformer_impl: str
     arch: Architecture
-    weights: HFWeights
+    weights: WeightSource
 
 
 def check_run(settings: Settings, environment: Mapping[str, str]) -> Checked:
@@ -184,7 +186,7 @@ def check_layer_flags(megatron: MegatronSettings, arch: Architecture, transforme
     )
 
 
-def check_checkpoint(settings: Settings, layout: ParallelLayout) -> tuple[Architecture, HFWeights]:
+def check_checkpoint(settings: Settings, layout: ParallelLayout) -> tuple[Architecture, WeightSource]:
     """`check_architecture`, and the header of the weights.
 
     Raises ValueError naming file or flag, for a missing or damaged checkpoint too.
@@ -203,7 +205,16 @@ def check_checkpoint(settings: Settings, layout: ParallelLayout) -> tuple[Archit
             f"at most the number of tensors in {directory} ({len(weights.names)})",
         )
     check_hf_shapes(arch, weights)
-    return arch, weights
+    pretrained = settings.run.pretrained_checkpoint
+    if pretrained is None:
+        return arch, weights
+    from megatron_fipo.actor.inspection import find_any_checkpoint
+    from megatron_fipo.actor.megatron_weights import MegatronWeights
+
+    try:
+        return arch, MegatronWeights(find_any_checkpoint(pretrained), arch)
+    except ValueError as error:
+        raise ValueError(f"--pretrained-checkpoint: {error}") from error
 
 
 def check_architecture(settings: Settings, layout: ParallelLayout) -> Architecture:
@@ -281,6 +292,12 @@ def _check_pipeline_overlap(settings: Settings, layout: ParallelLayout, device: 
 def _check_directories(settings: Settings) -> None:
     """What is to be read exists, and what is to be written can be, without writing over anything."""
     run, rollout = settings.run, settings.rollout
+    for flag, directory in (("--load", run.load), ("--save", run.save)):
+        if directory is not None and Path(directory, MEGATRON_LMS_LATEST).is_file():
+            raise ValueError(
+                f"{flag} is {directory!r}, which holds a checkpoint of Megatron-LM's own ({MEGATRON_LMS_LATEST}), but "
+                "must be a directory of this run: tools/megatron_to_hf.py makes an --hf-checkpoint of the other"
+            )
     if run.load is not None:
         require(holds_checkpoints(run.load), "--load", run.load, "a directory of checkpoints: it has no `latest`")
     if rollout.replay_rollouts is not None:

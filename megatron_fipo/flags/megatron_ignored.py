@@ -52,6 +52,7 @@ _REASONS: Mapping[str, str] = {
     "a policy is trained on its policy loss alone": """
         moe-aux-loss-coeff moe-router-bias-update-rate moe-router-quantile-balancing-ema moe-z-loss-coeff""",
     "it is always on: the loss has one global normaliser": "calculate-per-token-loss",
+    "no token is dropped": "moe-token-drop-policy",
     "gradients are divided once, by the global number of tokens": "ddp-average-in-collective",
     "log-probs are computed --log-probs-chunk-size tokens at a time": """
         cross-entropy-fusion-impl cross-entropy-loss-fusion""",
@@ -121,7 +122,7 @@ _REASONS: Mapping[str, str] = {
         sharp-enabled-group tp-comm-overlap-cfg train-sync-interval use-grouped-gemm-for-dense-mlp
         use-grouped-gemm-for-shared-expert use-ring-exchange-p2p use-sharp use-tp-pp-dp-mapping
         wgrad-deferral-limit
-        async-tensor-model-parallel-allreduce delay-grad-reduce moe-use-legacy-grouped-gemm
+        DDP-impl async-tensor-model-parallel-allreduce delay-grad-reduce moe-use-legacy-grouped-gemm
         no-async-tensor-model-parallel-allreduce no-contiguous-buffers-in-local-ddp no-delay-grad-reduce
         no-scatter-gather-tensors-in-pipeline tp-comm-overlap-disable-fc1 tp-comm-overlap-disable-qkv
         use-contiguous-buffers-in-local-ddp""",

@@ -199,7 +199,8 @@ yarn-original-max-position-embeddings
 """
 
 _FORMER_NAMES = """
-async-tensor-model-parallel-allreduce check-for-nan-in-loss-and-grad data-impl delay-grad-reduce delay-param-gather
+DDP-impl async-tensor-model-parallel-allreduce
+check-for-nan-in-loss-and-grad data-impl delay-grad-reduce delay-param-gather
 embedding-weights-in-fp32 enable-one-logger encoder-pipeline-model-parallel-size encoder-tensor-model-parallel-size
 fp8-e4m3 fp8-hybrid legacy-tokenizer log-batch-size-to-tensorboard log-learning-rate-to-tensorboard mmap-warmup
 moe-extended-tp moe-use-legacy-grouped-gemm no-async-tensor-model-parallel-allreduce

@@ -25,8 +25,9 @@ HIGHEST_USUAL_LR = 2e-5
 def settled(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The given settings as Megatron-LM means them together, and a note for each that thereby has no effect.
 
-    Sequence parallelism needs tensor parallelism; `--load` of the directory of `--save` resumes where there is
-    something to resume from; layers that are asked to be local do without Transformer Engine's faster kernels.
+    Sequence parallelism needs tensor parallelism; an interval of saving needs a place; `--load` of the directory of
+    `--save` resumes where there is something to resume from; layers that are asked to be local do without Transformer
+    Engine's faster kernels.
     """
     values, notes = dict(given), []
     if values.get("megatron.sequence_parallel") and values.get("megatron.tensor_model_parallel_size", 1) == 1:
@@ -38,6 +39,9 @@ def settled(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         del values["run.load"]
         values["run.auto_resume"] = True
         notes.append(f"--load {load} is where --save writes: as --auto-resume, it may be empty")
+    for setting, flag in (("run.save_interval", "--save-interval"), ("run.async_save", "--async-save")):
+        if save is None and values.pop(setting, None) is not None:
+            notes.append(f"{flag} has no effect: without --save nothing is saved")
     implementation = values.get("megatron.transformer_impl")
     device = values.get("megatron.device")
     if implementation == "local" or (implementation is None and device == "cpu"):

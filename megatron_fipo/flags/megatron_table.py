@@ -138,10 +138,8 @@ _LISTED_HELP: Mapping[str, str] = {
     "recompute_num_layers": "with full: layers of a chunk, or layers to recompute",
     "recompute_modules": "with selective: the parts (default: core_attn)",
     "moe_grouped_gemm": "all experts of a rank in one kernel, through Transformer Engine",
-    "moe_router_dtype": "precision of the router (default: fp32)",
     "fp8": "train in FP8 through Transformer Engine",
     "fp8_recipe": "how FP8 tensors are scaled, by default delayed",
-    "use_distributed_optimizer": "shard the optimizer over the data-parallel ranks (always on)",
     "overlap_grad_reduce": "overlap the reduction of gradients with the backward pass",
 }
 """What the plain help shows of them, in our words."""

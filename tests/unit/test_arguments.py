@@ -182,7 +182,7 @@ ERRORS = {
         ["--record-rollouts", "a", "--replay-rollouts", "b"],
         ["--replay-rollouts is 'b'", "--record-rollouts (a)"],
     ),
-    "save interval without save": (["--save-interval", "5"], ["--save-interval is 5", "--save"]),
+    "kept checkpoints without save": (["--keep-last-checkpoints", "5"], ["--keep-last-checkpoints is 5", "--save"]),
     "two wrong values": (["--lr", "x", "--seed", "y", "--qqq"], ["--lr is 'x'", "--seed is 'y'", "unknown flag --qqq"]),
     "shorter context than the run's": (
         ["--max-position-embeddings", "4096"],

@@ -147,7 +147,16 @@ def test_every_flag_of_a_megatron_concept_has_megatron_lms_name():
     for option in [*megatron_options(), *options_of("megatron", MegatronSettings, "")]:
         for flag in option.flags:
             assert flag in MEGATRON_LM_FLAGS or flag == "--device", flag
-    ours = {"hf_checkpoint", "output_dir", "export_hf", "auto_resume", "keep_last", "keep_best", "exit_grace_s"}
+    ours = {
+        "hf_checkpoint",
+        "output_dir",
+        "export_hf",
+        "auto_resume",
+        "keep_last",
+        "keep_best",
+        "exit_grace_s",
+        "node_timeout_s",
+    }
     for option in options_of("run", RunSettings, ""):
         for flag in option.flags:
             assert flag in MEGATRON_LM_FLAGS or option.setting.removeprefix("run.") in ours, flag

@@ -231,6 +231,9 @@ def test_loading_from_where_one_saves_is_resuming_unless_it_must_exist() -> None
     run = parse_arguments([*base, "--load", "other"]).run
     assert (run.load, run.auto_resume) == ("other", False)
     assert parse_arguments([*base, "--persistent-save-interval", "5"]).run.save_interval == 5
+    nowhere = parse_arguments([*base[:-2], "--save-interval", "5", "--async-save"])
+    assert (nowhere.run.save_interval, nowhere.run.async_save) == (None, False)
+    assert noted(nowhere) == ["--save-interval", "--async-save"]
 
 
 def test_the_pair_differs_in_the_entry_point_and_one_array(tmp_path: Path) -> None:

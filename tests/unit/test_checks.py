@@ -220,6 +220,19 @@ def test_what_is_to_be_read_must_exist(checkpoint: Path, tmp_path: Path) -> None
         check_run(parse(checkpoint, "--replay-rollouts", str(tmp_path / "none"), output_dir=tmp_path), ALONE)
 
 
+def test_a_checkpoint_of_megatron_lm_is_not_written_beside(checkpoint: Path, tmp_path: Path) -> None:
+    pretrained = tmp_path / "pretrained"
+    pretrained.mkdir()
+    (pretrained / "latest_checkpointed_iteration.txt").write_text("500")
+    for flags in (
+        ["--save", str(pretrained)],
+        ["--load", str(pretrained)],
+        ["--save", str(pretrained), "--load", str(pretrained)],
+    ):
+        with pytest.raises(ValueError, match=r"which holds a checkpoint of Megatron-LM's own .*tools/megatron_to_hf"):
+            check_run(parse(checkpoint, *flags, output_dir=tmp_path), ALONE)
+
+
 def test_virtual_stages_reach_the_layout_and_overlap_on_gloo_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     flags = ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1", "--device", "cpu"]
     environment = {"RANK": "0", "WORLD_SIZE": "2"}
