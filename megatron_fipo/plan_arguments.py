@@ -17,7 +17,7 @@ from megatron_fipo.flags.table import all_options
 from megatron_fipo.parallel import ParallelLayout
 from megatron_fipo.planning.engines import GIB, MIB, Engine
 from megatron_fipo.planning.layouts import Cost, Sizes, candidate_sizes, cost
-from megatron_fipo.planning.memory import Cluster, Plan, Turns, least_reserve, plan_memory
+from megatron_fipo.planning.memory import Cluster, Plan, Turns, default_reserve, plan_memory
 from megatron_fipo.planning.training import OptimizerBytes, Recompute, Training
 from megatron_fipo.weights.architecture import Architecture, read_architecture
 
@@ -26,7 +26,11 @@ _PLAN_OPTIONS: tuple[tuple[str, Literal["int", "float"], str], ...] = (
     ("gpus-per-node", "int", "GPUs of each machine that ranks of the trainer have (default: 8)"),
     ("num-gpus", "int", "ranks of the trainer (default: --nodes x --gpus-per-node)"),
     ("gpu-memory-gib", "float", "memory of one GPU, GiB; with --device cpu main memory per rank (default: 80)"),
-    ("reserve-gib", "float", "of it, for what is not counted: CUDA contexts, NCCL, fragments (default: 6, or 1/8)"),
+    (
+        "reserve-gib",
+        "float",
+        "of it, for what is not counted: CUDA contexts, NCCL, fragments (default: 6, or 1/8; CPU 2.25)",
+    ),
     ("expert-imbalance", "float", "tokens that the busiest rank's experts are sent, over the mean (default: 1.5)"),
 )
 _SEARCHED = {
@@ -123,7 +127,7 @@ def parse_plan(words: Sequence[str]) -> PlanRequest:
     gib = values.get("gpu_memory_gib", 80.0)
     require(gib > 0, "--gpu-memory-gib", gib, "> 0 GiB")
     gpu_bytes = round(gib * GIB)
-    reserve = values.get("reserve_gib")
+    reserve, default = values.get("reserve_gib"), default_reserve(gpu_bytes, on_cpu=_is_on_cpu(given))
     require(reserve is None or 0 <= reserve < gib, "--reserve-gib", reserve, f">= 0 and below --gpu-memory-gib ({gib})")
     imbalance = values.get("expert_imbalance", 1.5)
     require(imbalance >= 1, "--expert-imbalance", imbalance, ">= 1")
@@ -132,9 +136,7 @@ def parse_plan(words: Sequence[str]) -> PlanRequest:
     return PlanRequest(
         given=given,
         arch=read_architecture(checkpoint),
-        cluster=Cluster(
-            num_gpus, per_node, gpu_bytes, least_reserve(gpu_bytes) if reserve is None else round(reserve * GIB)
-        ),
+        cluster=Cluster(num_gpus, per_node, gpu_bytes, default if reserve is None else round(reserve * GIB)),
         expert_imbalance=imbalance,
         fixed=any(setting in given for setting in _LAYOUT),
         as_json=bool(values.get("json")),
@@ -167,6 +169,10 @@ def search_layouts(request: PlanRequest) -> tuple[list[Planned], list[Rejected]]
             if decides or recomputes:
                 rejected.append(Rejected(sizes, recomputes, "; ".join(planned.plan.problems)))
     return sorted(fitting, key=lambda planned: planned.cost.seconds_per_token), rejected
+
+
+def _is_on_cpu(given: Mapping[str, Given]) -> bool:
+    return "megatron.device" in given and given["megatron.device"].value == "cpu"
 
 
 def _own_names(options: Sequence[Option]) -> list[str]:
@@ -261,15 +267,14 @@ def training_of(settings: Settings, arch: Architecture, num_gpus: int, expert_im
 def _optimizer_bytes(settings: Settings, gradient_bytes: int) -> OptimizerBytes:
     """fp32 masters of bf16 parameters and two fp32 moments, unless Transformer Engine's optimizer is told otherwise."""
     megatron, fields = settings.megatron, settings.megatron.optimizer
-    offloaded = fields.get("optimizer_offload_fraction", 0.0) if fields.get("optimizer_cpu_offload") else 0.0
     if not fields.get("use_precision_aware_optimizer"):
         copy = 4.0 if gradient_bytes < 4 else 0.0
-        return OptimizerBytes(4.0 if megatron.bf16 else 0.0, 8.0, copy, 1 - offloaded)
+        return OptimizerBytes(4.0 if megatron.bf16 else 0.0, 8.0, copy)
     moments = sum(_BYTES[fields.get(name, "fp32")] for name in ("exp_avg_dtype", "exp_avg_sq_dtype"))
     master = _BYTES[fields.get("main_params_dtype", "fp32")]
     if master == 4 and megatron.bf16 and fields.get("store_param_remainders", True):
         master = 2.0  # the bits that the bf16 parameter lacks
-    return OptimizerBytes(master, moments, 0.0, 1 - offloaded)
+    return OptimizerBytes(master, moments, 0.0)
 
 
 def engine_of(settings: Settings, arch: Architecture, cluster: Cluster) -> tuple[Engine, Turns]:

@@ -32,7 +32,7 @@
 #   generating |EEEEEEKKKKKKKKKKKKKKKKKKKKKKKKKKKKKKKKKKKKKRRRRRRRRRRRxxxxx.....|
 #   P parameters, G gradients, O optimizer, A activations, L logits, W working memory, E engine weights, K KV cache, R
 #   engine runtime, B weight buckets, x reserve; . free
-#   an engine's cache holds 1752890 tokens, 142 sequences of the longest; main memory per node: 50 GiB; bubble 0%,
+#   an engine's cache holds 1752890 tokens, 142 sequences of the longest; 50 GiB move to a node's main memory; bubble 0%,
 #   communication 10% (nominal)
 #   fits
 set -euo pipefail

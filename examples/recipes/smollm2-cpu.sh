@@ -17,7 +17,7 @@
 #
 # `plan` says:
 #
-#   2 ranks of 4 GiB: PP 2 DP 1, 0.08 billion parameters a rank, 256 tokens a micro-batch, local layers
+#   2 ranks of 5 GiB: PP 2 DP 1, 0.08 billion parameters a rank, 256 tokens a micro-batch, local layers
 #   GiB             training  syncing  generating
 #   parameters          0.15     0.15        0.15
 #   gradients           0.30     0.30        0.30
@@ -27,16 +27,15 @@
 #   engine weights      0.13     0.13        0.13
 #   KV cache            0.11     0.11        0.11
 #   weight buckets               0.33
-#   reserve             0.50     0.50        0.50
-#   all                 2.36     2.43        2.10
-#   training   |PPGGGGGOOOOOOOOOOOOOOOAAAAEEKKxxxxxxxx..........................|
-#   syncing    |PPGGGGGOOOOOOOOOOOOOOOEEKKBBBBBxxxxxxxx.........................|
-#   generating |PPGGGGGOOOOOOOOOOOOOOOEEKKxxxxxxxx..............................|
+#   reserve             2.25     2.25        2.25
+#   all                 4.11     4.18        3.85
+#   training   |PPGGGGOOOOOOOOOOOAAAAEKKxxxxxxxxxxxxxxxxxxxxxxxxxxxxx...........|
+#   syncing    |PPGGGGOOOOOOOOOOOEEKBBBBBxxxxxxxxxxxxxxxxxxxxxxxxxxxxx..........|
+#   generating |PPGGGGOOOOOOOOOOOEEKxxxxxxxxxxxxxxxxxxxxxxxxxxxxx...............|
 #   P parameters, G gradients, O optimizer, A activations, W working memory, E engine weights, K KV cache, B weight
 #   buckets, x reserve; . free
-#   pipeline ranks in training: 2.4, 2.3; shown is rank 0
-#   an engine's cache holds 10240 tokens, 142 sequences of the longest; main memory per node: 0 GiB; bubble 31%,
-#   communication 0% (nominal)
+#   pipeline ranks in training: 4.1, 4.1; shown is rank 0
+#   an engine's cache holds 10240 tokens, 142 sequences of the longest; bubble 31%, communication 0% (nominal)
 #   fits
 set -euo pipefail
 
@@ -99,7 +98,7 @@ PROGRAM_ARGS+=("${@:2}")
 case ${LAUNCH_ARGS[0]:-} in
     plan)
         exec "$PYTHON" tools/plan.py "${PROGRAM_ARGS[@]}" \
-            --nodes "$NODES" --gpus-per-node "$GPUS_PER_NODE" --gpu-memory-gib 4 "${LAUNCH_ARGS[@]:1}"
+            --nodes "$NODES" --gpus-per-node "$GPUS_PER_NODE" --gpu-memory-gib 5 "${LAUNCH_ARGS[@]:1}"
         ;;
     --slurm) LAUNCH_ARGS+=(--nodes "$NODES" --gpus-per-node "$GPUS_PER_NODE") ;;
     *) LAUNCH_ARGS+=(--nnodes "$NODES" --nproc-per-node "$GPUS_PER_NODE" --standalone) ;;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -87,7 +88,7 @@ def plan_memory(training: Training, engine: Engine, turns: Turns, cluster: Clust
     reserve = {"reserve": cluster.reserve_bytes}
     if engine.on_cpu:
         engine = replace(engine, max_total_tokens=engine.max_total_tokens or _cpu_cache_tokens(engine.longest))
-    of_engine = engine_bytes(engine, max(0, cluster.gpu_bytes - cluster.reserve_bytes // 2), cluster.gpu_bytes)
+    of_engine = engine_bytes(engine, _free_at_start(cluster), cluster.gpu_bytes)
     held = {"parameters": states.parameters, "gradients": states.gradients, "optimizer": states.optimizer}
     training_turn = {
         **held,
@@ -117,7 +118,7 @@ def plan_memory(training: Training, engine: Engine, turns: Turns, cluster: Clust
     )
     ranks_per_node = min(cluster.gpus_per_node, cluster.num_gpus)
     away = states.parameters + states.optimizer if leaves else 0
-    main_memory = away + states.optimizer_in_main_memory + (states.parameters if turns.keeps_reference else 0)
+    main_memory = away + (states.parameters if turns.keeps_reference else 0)
     plan = Plan(
         training=training,
         cluster=cluster,
@@ -136,11 +137,11 @@ def plan_memory(training: Training, engine: Engine, turns: Turns, cluster: Clust
 
 def _problems(plan: Plan, engine: Engine) -> tuple[str, ...]:
     limit = plan.cluster.gpu_bytes
-    found = [
-        f"{turn.name} takes {turn.total / GIB:.1f} GiB of {limit / GIB:.1f} ({_largest(turn)})"
-        for turn in plan.turns
-        if turn.total > limit
-    ]
+    found = []
+    for turn in plan.turns:
+        if turn.total > limit:
+            said = f"{turn.name} takes {turn.total / GIB:.1f} GiB of {limit / GIB:.1f} ({_largest(turn)})"
+            found.append(said + _fraction_that_fits(plan, turn))
     if plan.engine.cache_tokens < engine.longest:
         found.append(
             f"an engine's cache holds {plan.engine.cache_tokens} tokens, less than one longest sequence "
@@ -148,6 +149,21 @@ def _problems(plan: Plan, engine: Engine) -> tuple[str, ...]:
             f"--rollout-num-gpus-per-engine ({engine.tp})"
         )
     return tuple(found)
+
+
+def _fraction_that_fits(plan: Plan, turn: Turn) -> str:
+    """How the engine's cache could make room, where that is all that is needed."""
+    cache = turn.parts.get("KV cache", 0)
+    too_much = turn.total - plan.cluster.gpu_bytes
+    if turn.name == "training" or cache <= too_much:
+        return ""
+    fraction = plan.engine.fraction - too_much / _free_at_start(plan.cluster)
+    return f": --sglang-mem-fraction-static {math.floor(fraction * 100) / 100:.2f} leaves room"
+
+
+def _free_at_start(cluster: Cluster) -> int:
+    """Of a GPU when its engine starts, alone: half of the reserve is taken."""
+    return max(1, cluster.gpu_bytes - cluster.reserve_bytes // 2)
 
 
 def _largest(turn: Turn) -> str:
@@ -161,6 +177,7 @@ def _cpu_cache_tokens(longest: int) -> int:
     return max(context, min(128 * context, 65536))
 
 
-def least_reserve(gpu_bytes: int) -> int:
-    """The default for what is not counted: 6 GiB of a large GPU, an eighth of a small one, in whole MiB."""
-    return min(6 * GIB, gpu_bytes // 8 // MIB * MIB)
+def default_reserve(gpu_bytes: int, *, on_cpu: bool) -> int:
+    """For what is not counted: 6 GiB of a large GPU, an eighth of a small one; on the CPU what interpreters of a rank
+    and of its share of an engine were measured to take."""
+    return round(2.25 * GIB) if on_cpu else min(6 * GIB, gpu_bytes // 8 // MIB * MIB)

@@ -59,10 +59,11 @@ def show_plan(console: Console, plan: Plan, cost: Cost) -> None:
     if training.layout.pp > 1:
         totals = ", ".join(f"{total / GIB:.1f}" for total in plan.stage_totals)
         console.print(f"pipeline ranks in training: {totals}; shown is rank {plan.worst_stage}", highlight=False)
-    engine = plan.engine
+    engine, moved = plan.engine, plan.main_memory_per_node
+    away = f"{moved / GIB:.0f} GiB move to a node's main memory; " if moved else ""
     console.print(
         f"an engine's cache holds {engine.cache_tokens} tokens, {plan.concurrent_sequences} sequences of the longest; "
-        f"main memory per node: {plan.main_memory_per_node / GIB:.0f} GiB; "
+        f"{away}"
         f"bubble {cost.bubble:.0%}, communication {cost.communication:.0%} (nominal)",
         highlight=False,
     )

@@ -31,12 +31,11 @@ class StateBytes:
 
     parameters: int
     gradients: int
-    optimizer: int  # masters and moments on the device, of the data-parallel rank that has most
-    optimizer_in_main_memory: int
+    optimizer: int  # masters and moments, of the data-parallel rank that has most
 
     @property
     def total(self) -> int:
-        """On the device."""
+        """All of them."""
         return self.parameters + self.gradients + self.optimizer
 
 
@@ -58,12 +57,10 @@ def state_bytes(training: Training, pp_rank: int) -> StateBytes:
             parameters += numel * training.dtype_bytes
             gradients += numel * training.gradient_bytes
             shard += of_rank
-    on_device = round(shard * optimizer.total * optimizer.on_device)
     return StateBytes(
         parameters=parameters,
         gradients=gradients + round(shard * optimizer.gradient_copy),
-        optimizer=on_device,
-        optimizer_in_main_memory=round(shard * optimizer.total) - on_device,
+        optimizer=round(shard * (optimizer.master + optimizer.moments)),
     )
 
 

@@ -32,12 +32,6 @@ class OptimizerBytes:
     master: float
     moments: float
     gradient_copy: float  # an fp32 shard of gradients that are reduced in less
-    on_device: float = 1.0  # share of masters and moments; the rest lives in main memory
-
-    @property
-    def total(self) -> float:
-        """Masters and moments together, wherever they are."""
-        return self.master + self.moments
 
 
 @dataclass(frozen=True)

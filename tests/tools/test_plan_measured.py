@@ -177,7 +177,6 @@ def test_parameters_gradients_and_optimizer_are_what_an_actor_has_to_the_byte(
         planned = state_bytes(measured[name][0][0], stage)
         for part in ("parameters", "gradients", "optimizer"):  # planned is the rank whose shard is fullest
             assert getattr(planned, part) == max(rank[part] for rank in ranks), part
-        assert planned.optimizer_in_main_memory == 0
 
 
 @pytest.mark.parametrize("name", CASES)
