@@ -35,7 +35,7 @@ class MegatronSettings:
     sequence_parallel: bool = setting(False, "shard activations between the tensor-parallel parts along the sequence")
     bf16: bool = setting(False, "compute in bf16 on fp32 master weights (default: fp32 throughout)")
     transformer_impl: Literal["local", "transformer_engine"] | None = setting(
-        None, "the trainer's layers, by default transformer_engine on CUDA and else local"
+        None, "layers, by default transformer_engine on CUDA"
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where the trainer runs; auto: CUDA when there is any")
     lr: float = setting(1e-6, "learning rate after the warm-up")

@@ -139,7 +139,7 @@ _LISTED_HELP: Mapping[str, str] = {
     "recompute_modules": "with selective: the parts (default: core_attn)",
     "moe_grouped_gemm": "all experts of a rank in one kernel, through Transformer Engine",
     "fp8": "train in FP8 through Transformer Engine",
-    "fp8_recipe": "how FP8 tensors are scaled, by default delayed",
+    "fp8_recipe": "scaling in FP8, by default delayed",
     "overlap_grad_reduce": "overlap the reduction of gradients with the backward pass",
 }
 """What the plain help shows of them, in our words."""
