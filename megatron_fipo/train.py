@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_fipo.interruption import LAUNCHER_PID, REQUEUE, Signals, end_with_parent
+from megatron_fipo.shared_segments import remove_own_segments
 
 if TYPE_CHECKING:
     from megatron_fipo.arguments import Settings
@@ -31,6 +32,7 @@ LOST_CONNECTION = (
     "remote process exit",
     "Connection timed out",
     "No route to host",
+    "Network is unreachable",
     "Timed out waiting",
 )
 _PEER = re.compile(r"\[([0-9a-f.:]+)\]:\d+")  # as gloo names an address
@@ -46,7 +48,8 @@ def main(arguments: Sequence[str] | None = None, *, ends_process: bool = False) 
 
     is_rank_zero = _is_zero("RANK", "SLURM_PROCID")
     save: str | None = None
-    with Signals(ends_process=ends_process) as signals:
+    with Signals(ends_process=ends_process) as signals, contextlib.ExitStack() as last:
+        last.callback(remove_own_segments)
         if "TORCHELASTIC_RUN_ID" in os.environ:
             # or else, should the launcher be killed, ranks would write beside those of the next run
             launcher = os.environ.get(LAUNCHER_PID, "")
@@ -168,7 +171,8 @@ def _interrupted(number: int, save: str | None, speaks: bool) -> int:
 def _status_at_once(
     number: int, save: str | None, holds_checkpoints: Callable[[str], bool], *, speaks: bool
 ) -> tuple[int, str]:
-    """The status of a run that ends in the middle of something, and what to say of it."""
+    """The status of a run that ends in the middle of something, and what to say of it: the last that it does."""
+    remove_own_segments()
     if save is None or not holds_checkpoints(save):
         return 128 + number, f"interrupted by {signal.Signals(number).name}, nothing was saved" if speaks else ""
     return REQUEUE, f"the run can go on from the last checkpoint in {save}" if speaks else ""

@@ -26,8 +26,13 @@ def slurm_directory() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def jobs(slurm_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
-    inputs = write_inputs(tmp_path_factory.mktemp("inputs"))
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, problems, and recorded rollouts. Not to be written to."""
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="session")
+def jobs(slurm_directory: Path, inputs: Path) -> Iterator[Jobs]:
     with slurm_cluster(slurm_directory) as cluster:
         yield Jobs(cluster, inputs)
 

@@ -45,13 +45,7 @@ class Jobs:
 
     def flags(self, **more: Any) -> list[str]:
         """A run of 5 steps that saves every second one; `more` replaces and adds."""
-        given = {name.replace("_", "-"): value for name, value in more.items()}
-        inputs = {
-            "hf-checkpoint": self.inputs / "model",
-            "prompt-data": self.inputs / "problems.jsonl",
-            "replay-rollouts": self.inputs / "rollouts",
-        }
-        return arguments_of({**inputs, **REPLAYED_FLAGS, **given})
+        return replayed_flags(self.inputs, **more)
 
     def environment(self, directory: Path) -> dict[str, str]:
         return {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(directory), str(REPO_ROOT)])}
@@ -64,3 +58,14 @@ class Jobs:
     def requeue_now(self, job: str) -> None:
         """Slurm lets a job that was requeued wait for its old credentials to run out."""
         self.cluster.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+
+def replayed_flags(inputs: Path, **more: Any) -> list[str]:
+    """The program's arguments for a run on the recorded rollouts in `inputs`."""
+    given = {name.replace("_", "-"): value for name, value in more.items()}
+    paths = {
+        "hf-checkpoint": inputs / "model",
+        "prompt-data": inputs / "problems.jsonl",
+        "replay-rollouts": inputs / "rollouts",
+    }
+    return arguments_of({**paths, **REPLAYED_FLAGS, **given})

@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 from runs import differences
-from slurm_cluster import wait_for
+from slurm_cluster import ENDED, wait_for
 from slurm_jobs import DISTURBED, PROGRAM, Jobs
+from small_run import START_WITHIN_S, command_line, num_steps
+
+from megatron_fipo.actor.checkpoint_files import verify_checkpoint
 
 READ = "megatron_fipo.trainer.recording:read_rollouts"
 PAUSED_WITHIN_S = 90.0
@@ -93,3 +96,34 @@ def test_a_rank_that_fails_ends_the_job_with_its_status_and_its_reason(jobs: Job
     assert jobs.cluster.field(job, "ExitCode") == "2:0"
     assert re.search(rf"^job {job}: rank \d on n\d failed: error: .*nowhere", log_of(tmp_path, job), re.MULTILINE)
     assert "requeued" not in log_of(tmp_path, job)
+
+
+def test_a_cancelled_job_with_engines_leaves_whole_checkpoints_and_does_not_come_back(
+    jobs: Jobs, tmp_path: Path
+) -> None:
+    arguments = command_line(jobs.inputs / "model", tmp_path, ranks=1, save="checkpoints", save_interval=1)
+    program = [*arguments[arguments.index("megatron_fipo.train") - 1 :], "--auto-resume"]
+    job = jobs.submit(tmp_path, ["-N", "2", "--time=10", f"--log-dir={tmp_path}/out/slurm"], program)
+    wait_for("two steps", lambda: num_steps(tmp_path) >= 2 or jobs.cluster.state(job) in ENDED, START_WITHIN_S)
+    assert jobs.cluster.state(job) == "RUNNING", log_of(tmp_path, job)
+    jobs.cluster.ask("scancel", job)
+    assert jobs.wait(job) == "CANCELLED"
+    assert jobs.cluster.field(job, "Restarts") == "0"
+    newest = tmp_path / "checkpoints" / (tmp_path / "checkpoints" / "latest").read_text()
+    verify_checkpoint(newest)
+    steps = sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*"))
+    assert newest.name == steps[-1] >= "step_0000002"
+    assert [path for path in (tmp_path / "checkpoints").iterdir() if path.name not in (*steps, "latest")] == []
+
+
+def test_an_array_gives_every_seed_a_run_of_its_own(jobs: Jobs, tmp_path: Path) -> None:
+    flags = jobs.flags(train_iters=1, auto_resume=True)
+    job = jobs.submit(tmp_path, ["--time=10", "--array-seeds=5,17", "--follow"], [*PROGRAM, *flags])
+    for index, seed in enumerate((5, 17)):
+        assert jobs.cluster.state(f"{job}_{index}") == "COMPLETED"
+        config = json.loads((tmp_path / "out" / f"seed-{seed}" / "config.json").read_text())
+        assert config["run.seed"] == seed
+        assert (tmp_path / "checkpoints" / f"seed-{seed}" / "latest").read_text() == "step_0000001"
+        assert (tmp_path / "out" / "slurm" / f"{job}_{index}.0" / "rank-0-n1.log").exists() or (
+            tmp_path / "out" / "slurm" / f"{job}_{index}.0" / "rank-0-n2.log"
+        ).exists()
