@@ -296,7 +296,7 @@ def _check_directories(settings: Settings) -> None:
         if directory is not None and Path(directory, MEGATRON_LMS_LATEST).is_file():
             raise ValueError(
                 f"{flag} is {directory!r}, which holds a checkpoint of Megatron-LM's own ({MEGATRON_LMS_LATEST}), but "
-                "must be a directory of this run: tools/megatron_to_hf.py makes an --hf-checkpoint of the other"
+                "must be a directory of this run: --pretrained-checkpoint starts from the weights of the other"
             )
     if run.load is not None:
         require(holds_checkpoints(run.load), "--load", run.load, "a directory of checkpoints: it has no `latest`")

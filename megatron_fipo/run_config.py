@@ -19,9 +19,8 @@ class RunSettings:
     seed: int = setting(1234, "seed of data order, sampling and initialisation")
     save: str | None = setting(None, "directory to write checkpoints to")
     load: str | None = setting(None, "directory of checkpoints to resume from")
-    auto_resume: bool = setting(
-        False, "resume from --save where it holds a checkpoint, else start anew: for jobs that are requeued"
-    )
+    pretrained_checkpoint: str | None = setting(None, "Megatron-LM's or a run's checkpoint whose weights to start from")
+    auto_resume: bool = setting(False, "resume from --save where it holds a checkpoint, else start anew")
     save_interval: int | None = setting(None, "steps between checkpoints (default: at the end only)")
     async_save: bool = setting(False, "write checkpoints while training goes on")
     keep_last: int | None = setting(

@@ -35,7 +35,7 @@ from megatron_fipo.types import PackedBatch, TrainSequence
 from megatron_fipo.weights.architecture import Architecture, check_layout, padded_vocab_size
 from megatron_fipo.weights.bucket import WeightBucket
 from megatron_fipo.weights.buffers import BucketBuffers
-from megatron_fipo.weights.hf_files import HFWeights
+from megatron_fipo.weights.source import WeightSource
 
 NO_CORRECTION = CorrectionSettings()
 QUANTISED_ROWS = 128  # FP8 and FP4 matrix products of every recipe take rows in multiples of this
@@ -272,7 +272,7 @@ class Actor:
 
 def build_actor(
     arch: Architecture,
-    weights: HFWeights,
+    weights: WeightSource,
     layout: ParallelLayout,
     groups: Groups,
     *,
