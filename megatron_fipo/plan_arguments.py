@@ -253,7 +253,7 @@ def training_of(settings: Settings, arch: Architecture, num_gpus: int, expert_im
         micro_batches=-(-batch.global_batch_size // layout.dp),
         chunk_size=batch.log_probs_chunk_size if batch.log_probs_chunk_size > 0 else 2**31,
         fuses_swiglu=bool(fields.get("bias_activation_fusion", False)),
-        fuses_weight_gradient=bool(fields.get("gradient_accumulation_fusion", False)),
+        fuses_weight_gradient=bool(fields.get("gradient_accumulation_fusion", not on_cpu)),
         recompute=Recompute(
             granularity=fields.get("recompute_granularity"),
             method=fields.get("recompute_method"),

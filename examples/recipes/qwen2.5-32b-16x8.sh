@@ -22,19 +22,19 @@
 #   gradients           7.63
 #   optimizer           2.86
 #   activations        30.44
-#   working memory      0.43
+#   working memory      0.36
 #   engine weights              15.26       15.26
 #   KV cache                                38.64
 #   engine runtime                          14.00
 #   weight buckets               1.25
 #   reserve             6.00     6.00        6.00
-#   all                51.17    26.32       73.90
+#   all                51.10    26.32       73.90
 #   training   |PPPGGGGGGOOAAAAAAAAAAAAAAAAAAAAAAAAAxxxxx.......................|
 #   syncing    |PPPEEEEEEEEEEEEBxxxxx...........................................|
 #   generating |EEEEEEEEEEEEKKKKKKKKKKKKKKKKKKKKKKKKKKKKKKKRRRRRRRRRRRxxxxx.....|
 #   P parameters, G gradients, O optimizer, A activations, W working memory, E engine weights, K KV cache, R engine
 #   runtime, B weight buckets, x reserve; . free
-#   pipeline ranks in training: 51.2, 36.4; shown is rank 0
+#   pipeline ranks in training: 51.1, 36.4; shown is rank 0
 #   an engine's cache holds 633113 tokens, 28 sequences of the longest; 53 GiB move to a node's main memory; bubble 1%,
 #   communication 17% (nominal)
 #   fits

@@ -93,7 +93,7 @@ case ${LAUNCH_ARGS[0]:-} in
         exec "$PYTHON" tools/plan.py "${PROGRAM_ARGS[@]}" \
             --nodes "$NODES" --gpus-per-node "$GPUS_PER_NODE" --gpu-memory-gib 16 "${LAUNCH_ARGS[@]:1}"
         ;;
-    --slurm) LAUNCH_ARGS+=(--nodes "$NODES" --gpus-per-node "$GPUS_PER_NODE") ;;
+    --slurm) LAUNCH_ARGS+=(--nodes "$NODES" --gpus-per-node "$GPUS_PER_NODE" --no-requeue) ;;
     *) LAUNCH_ARGS+=(--nnodes "$NODES" --nproc-per-node "$GPUS_PER_NODE" --standalone) ;;
 esac
 exec "$PYTHON" -m megatron_fipo.launch "${LAUNCH_ARGS[@]}" -m megatron_fipo.train "${PROGRAM_ARGS[@]}"

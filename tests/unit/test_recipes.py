@@ -18,6 +18,7 @@ from megatron_fipo.checks import check_architecture, check_layer_flags
 from megatron_fipo.engine_nodes import engines_of_nodes
 from megatron_fipo.plan_arguments import parse_plan, plan_given_layout, training_of
 from megatron_fipo.planning.show import PLAIN_WIDTH, show_plan
+from megatron_fipo.slurm_options import read_command
 from megatron_fipo.weights.architecture import read_architecture
 
 MODELS = Path(__file__).resolve().parent / "recipe_models"  # config.json as published; 7B with the paper's positions
@@ -104,8 +105,10 @@ def test_nodes_are_the_launchers_and_words_after_the_dashes_the_programs(
     assert launcher[launcher.index("--nnodes") + 1] == str(num_nodes)
     assert launcher[launcher.index("--nproc-per-node") + 1] == str(per_node)
     submitting = started[name, "--slurm --time 1:00:00 -- --seed 7"]
-    launcher = submitting[: submitting.index("megatron_fipo.train") - 1]
-    assert launcher[2:] == ["--slurm", "--time", "1:00:00", "--nodes", str(num_nodes), "--gpus-per-node", str(per_node)]
+    assert submitting[:3] == ["-m", "megatron_fipo.launch", "--slurm"]
+    job = read_command(submitting[3:]).job
+    assert (job.nodes, job.ranks_per_node, job.sbatch["time"]) == (num_nodes, per_node, "1:00:00")
+    assert job.requeue is settings_of(submitting).run.auto_resume
     assert settings_of(submitting).run.seed == 7
     assert settings_of(submitting).megatron == settings_of(words).megatron
 
