@@ -41,7 +41,7 @@ SelectTypeParameters=CR_Core
 MpiDefault=none
 JobAcctGatherType=jobacct_gather/none
 KillWait=20
-NodeName=n1,n2 CPUs=4 State=UNKNOWN
+NodeName=n1,n2 CPUs=4 RealMemory=4000 State=UNKNOWN
 PartitionName=main Nodes=n1,n2 Default=YES MaxTime=60 State=UP OverSubscribe=YES
 PartitionName=small Nodes=n2 MaxTime=10 State=UP
 """
