@@ -131,13 +131,16 @@ def _share_scales(layer: nn.Module) -> None:
 
 def _fold_smoothing(layer: nn.Module) -> None:
     """Put AWQ's factors on the inputs of a layer's linear maps into what comes before each: a norm, or the rows of
-    another linear map. Query heads that share a value head share its factors: their mean."""
+    another linear map. Where query heads share a value head, whose rows cannot take the factors of all of them, the
+    attention's output is not smoothed: their mean was worse than none on SmolLM2-135M."""
     from modelopt.torch.export.quant_utils import fuse_prequant_layernorm, preprocess_linear_fusion
 
     attention, ffn = layer.self_attn, layer.mlp
-    num_shared = attention.o_proj.in_features // attention.v_proj.out_features
-    _fold_into_rows(attention.o_proj, attention.v_proj, num_shared, attention.head_dim)
-    _fold_into_rows(ffn.down_proj, ffn.up_proj, 1, ffn.up_proj.out_features)
+    _fold_into_rows(ffn.down_proj, ffn.up_proj)
+    if attention.o_proj.in_features == attention.v_proj.out_features:
+        _fold_into_rows(attention.o_proj, attention.v_proj)
+    else:
+        attention.o_proj.weight.copy_(attention.o_proj.weight * _taken_factors(attention.o_proj))
     for norm, linears in (
         (layer.input_layernorm, [attention.q_proj, attention.k_proj, attention.v_proj]),
         (layer.post_attention_layernorm, [ffn.gate_proj, ffn.up_proj]),
@@ -146,17 +149,19 @@ def _fold_smoothing(layer: nn.Module) -> None:
         fuse_prequant_layernorm(norm, linears)
 
 
-def _fold_into_rows(linear: Any, before: Any, num_shared: int, head_dim: int) -> None:
-    """Move the factors on the inputs of `linear` into the rows of `before`; each row feeds `num_shared` inputs, heads
-    of `head_dim` apart."""
-    factors = linear.input_quantizer.pre_quant_scale.float().view(-1, num_shared, head_dim)
-    mean = factors.mean(1, keepdim=True)
-    linear.weight.copy_(linear.weight * (factors / mean).view(-1))
-    rows = mean.reshape(-1)
-    before.weight.copy_(before.weight * rows[:, None])
+def _fold_into_rows(linear: Any, before: Any) -> None:
+    """Move the factors on the inputs of `linear` into the rows of `before` that make them."""
+    factors = _taken_factors(linear)
+    before.weight.copy_(before.weight * factors[:, None])
     if before.bias is not None:
-        before.bias.copy_(before.bias * rows)
+        before.bias.copy_(before.bias * factors)
+
+
+def _taken_factors(linear: Any) -> Tensor:
+    """fp32 [K]: the factors on the inputs of `linear`, which has none from now on."""
+    factors: Tensor = linear.input_quantizer.pre_quant_scale.float()
     del linear.input_quantizer._pre_quant_scale
+    return factors
 
 
 def _round_scales(quantised: QuantisedWeight, group_size: int, stored: torch.dtype) -> None:

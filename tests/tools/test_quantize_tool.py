@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from converting import run
+from safetensors.torch import load_file
 from tiny_models import make_model
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
@@ -111,6 +112,20 @@ def test_a_run_measures_both_models_and_writes_a_checkpoint_with_its_report(
     assert "model.layers.1.mlp.down_proj.weight_scale" in HFWeights(save).names or quant_format == "int4-awq"
     assert run("quantize", *words(save, files, tmp_path / "again")) == 2
     assert "quantization_config" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("quant_format", ["fp8", "int4-awq"])
+def test_computing_in_bf16_writes_nearly_the_same_weights(
+    quant_format: str, model_dir: Path, files: dict[str, Path], tmp_path: Path
+) -> None:
+    for name, bf16 in (("fp32", None), ("bf16", True)):
+        assert run("quantize", *words(model_dir, files, tmp_path / name, format=quant_format, bf16=bf16)) == 0
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("fp32", "bf16")]
+    for name, tensor in weights[0].items():
+        if name.endswith(("qweight", "_proj.weight")):
+            codes = [each[name].view(torch.uint8) for each in weights]
+            assert (codes[0] == codes[1]).float().mean() > (0.6 if quant_format == "int4-awq" else 0.99), name
+            assert tensor.dtype == weights[1][name].dtype
 
 
 def test_the_same_run_writes_the_same_bytes(model_dir: Path, files: dict[str, Path], tmp_path: Path) -> None:
