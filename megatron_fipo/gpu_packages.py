@@ -70,9 +70,9 @@ RECIPES: Final[Mapping[str, Recipe]] = {
 
 _OF_FP8 = (
     *("fp8_recipe", "fp8_param", "fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo", "fp8_wgrad"),
-    *("fp8_dot_product_attention", "fp8_multi_head_attention", "fp8_quantizer_factory", "tp_only_amax_red"),
+    *("fp8_dot_product_attention", "fp8_multi_head_attention", "fp8_quantizer_factory"),
 )
-_OF_DELAYED = ("fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo", "fp8_wgrad", "tp_only_amax_red")
+_OF_DELAYED = ("fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo", "fp8_wgrad")
 _OF_BF16_LAYERS = ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
 _REFUSED = {
     "fp8_dot_product_attention": "absent: samples are packed, and its FP8 attention takes no packs",

@@ -331,7 +331,7 @@ def build_actor(
         * (QUANTISED_ROWS if config.fp8 or config.fp4 else 1),
         # Transformer Engine's kernels know sequences, not shared prompts, and a cut sequence has no prompt to share
         share_prompts=transformer_impl == "local" and layout.cp == 1,
-        even_micro_batches=layout.ep > 1 or (is_delayed and layout.dp > 1 and not config.tp_only_amax_red),
+        even_micro_batches=layout.ep > 1 or (is_delayed and layout.dp > 1),
         scaling=DelayedScaling(chunks) if is_delayed else None,
         reference=reference,
     )

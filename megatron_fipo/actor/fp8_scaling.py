@@ -32,7 +32,7 @@ def has_delayed_scaling(config: Any) -> bool:
 
 def make_forward_scales() -> None:
     """What Transformer Engine does after a forward pass with gradients. Collective over the ranks that share amaxes:
-    the tensor-, data- and context-parallel ones of a stage; not the data-parallel ones with --tp-only-amax-red."""
+    the tensor-, data- and context-parallel ones of a stage."""
     from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
 
     FP8GlobalStateManager.reduce_and_update_fp8_tensors(forward=True)

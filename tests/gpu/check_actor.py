@@ -10,6 +10,7 @@ stay finite. With a layout it is one rank of several (torchrun), which must find
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from checking import Skip, add_paths, arguments, require, require_close, require
 add_paths("tests", "tests/distributed")
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
 NUM_SEQUENCES = 16
-TOLERANCE = {"fp32": 2e-5, "bf16": 0.03, "fp8": 0.15}  # of the largest log-prob
+TOLERANCE = {"fp32": 2e-5, "bf16": 0.03, "fp8": 0.15, "fp4": 0.4}  # of the largest log-prob
 
 
 def check(options: argparse.Namespace, device: torch.device) -> str:
@@ -41,7 +42,7 @@ def check(options: argparse.Namespace, device: torch.device) -> str:
         sequences = make_sequences(NUM_SEQUENCES)
         mine = [sequences[i] for i in range(layout.dp_rank, NUM_SEQUENCES, layout.dp)]
         old, _ = actor.old_logprobs([mine])
-        kind = "fp8" if options.fp8_recipe else ("bf16" if options.bf16 else "fp32")
+        kind = "fp4" if "fp4" in transformer else "fp8" if options.fp8_recipe else "bf16" if options.bf16 else "fp32"
         worst = 0.0
         if layout.is_last_stage:
             wanted = torch.cat([hf_logprobs(model, sequence).detach() for sequence in mine])
@@ -68,7 +69,9 @@ def fields_of(options: argparse.Namespace, device: torch.device) -> dict[str, An
     """TransformerConfig's fields. Raises Skip where the machine cannot follow, by the product's own checks."""
     from megatron_fipo.gpu_packages import RECIPES, find_packages
 
-    fields: dict[str, Any] = {}
+    fields: dict[str, Any] = {
+        name: json.loads(value) for name, _, value in (each.partition("=") for each in getattr(options, "field", []))
+    }
     if options.transformer_impl == "local":
         fields["gradient_accumulation_fusion"] = False
     if options.fp8_recipe:
@@ -150,5 +153,6 @@ if __name__ == "__main__":
     parser.add_argument("--fp8-recipe", choices=("delayed", "tensorwise", "blockwise", "mxfp8"))
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--family", default="qwen2", choices=("qwen2", "qwen3", "llama", "qwen3_moe"))
+    parser.add_argument("--field", nargs="*", default=[], help="of TransformerConfig: moe_grouped_gemm=true")
     parser.add_argument("--layout", nargs="*", default=[], help="such as tp=2 sp=1; the rest of the ranks is dp")
     sys.exit(run_check(check, parser.parse_args()))

@@ -19,10 +19,11 @@ import torch
 from checking import ROOT, CheckFailed, arguments, require_gpus, require_modules, run_check
 
 LAYOUTS = {
-    2: (["tp=2", "sp=1"], ["pp=2"], ["cp=2"], []),
-    4: (["tp=2", "pp=2"], ["cp=2", "tp=2", "sp=1"], ["pp=4"], ["tp=2", "sp=1"], []),
+    2: (["tp=2", "sp=1"], ["pp=2"], ["pp=2", "vpp=2"], ["cp=2"], []),
+    4: (["tp=2", "pp=2"], ["cp=2", "tp=2", "sp=1"], ["pp=4"], ["pp=2", "vpp=2"], ["tp=2", "sp=1"], []),
 }
-ON_THE_CPU = (["tp=2", "sp=1"], ["pp=2"])
+OF_EXPERTS = {2: (["ep=2"], ["tp=2", "sp=1"]), 4: (["ep=4"], ["ep=2", "tp=2", "sp=1"], ["ep=2", "pp=2"])}
+ON_THE_CPU = (["tp=2", "sp=1"],)
 
 
 def check(options: argparse.Namespace, device: torch.device) -> str:
@@ -31,7 +32,8 @@ def check(options: argparse.Namespace, device: torch.device) -> str:
     available = torch.cuda.device_count() if device.type == "cuda" else 2
     num_ranks = options.num_ranks or (4 if available >= 4 else 2)
     require_gpus(device, num_ranks)
-    layouts = LAYOUTS[num_ranks] if device.type == "cuda" else ON_THE_CPU
+    table = OF_EXPERTS if options.family == "qwen3_moe" else LAYOUTS
+    layouts = table[num_ranks] if device.type == "cuda" else ON_THE_CPU
     norms = {}
     for layout in layouts:
         name = " ".join(layout) or f"dp={num_ranks}"
@@ -52,7 +54,8 @@ def run_ranks(layout: list[str], num_ranks: int, options: argparse.Namespace) ->
         "localhost:0",
         str(Path(__file__).with_name("check_actor.py")),
     ]
-    flags = ["--device", options.device, "--transformer-impl", options.transformer_impl, "--layout", *layout]
+    flags = ["--device", options.device, "--transformer-impl", options.transformer_impl]
+    flags += ["--family", options.family, "--layout", *layout]
     done = subprocess.run(
         [*launch, *flags], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=False, timeout=900
     )
@@ -71,4 +74,5 @@ if __name__ == "__main__":
     parser = arguments(__doc__)
     parser.add_argument("--num-ranks", type=int, choices=tuple(LAYOUTS))
     parser.add_argument("--transformer-impl", choices=("local", "transformer_engine"), default="local")
+    parser.add_argument("--family", default="qwen2", choices=("qwen2", "qwen3", "llama", "qwen3_moe"))
     sys.exit(run_check(check, parser.parse_args()))

@@ -19,6 +19,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
+GROUPED = "moe_grouped_gemm=true"
 ENGINE = ("--transformer-impl", "transformer_engine")
 
 
@@ -42,8 +43,13 @@ CHECKS = (
     Check("actor, Transformer Engine, Qwen3", ("check_actor.py", *ENGINE, "--bf16", "--family", "qwen3")),
     Check("actor, Transformer Engine, experts", ("check_actor.py", *ENGINE, "--family", "qwen3_moe")),
     *(Check(f"FP8, {name}", ("check_actor.py", *ENGINE, "--fp8-recipe", name)) for name in RECIPES),
+    Check("grouped expert GEMMs", ("check_actor.py", *ENGINE, "--bf16", "--family", "qwen3_moe", "--field", GROUPED)),
     Check("layouts over NCCL, local layers", ("check_layouts.py",), 3600),
     Check("layouts over NCCL, Transformer Engine", ("check_layouts.py", *ENGINE), 3600),
+    Check("layouts over NCCL, experts", ("check_layouts.py", *ENGINE, "--family", "qwen3_moe"), 3600),
+    Check("checkpoints", ("check_checkpoint.py",)),
+    Check("checkpoints, Transformer Engine", ("check_checkpoint.py", *ENGINE)),
+    Check("checkpoints, FP8 delayed", ("check_checkpoint.py", *ENGINE, "--fp8-recipe", "delayed")),
     Check("offloading", ("check_offload.py",)),
     Check("weights to SGLang over CUDA IPC", ("check_weight_sync.py",), 1800),
     Check("--rollout-fp8", ("check_weight_sync.py", "--fp8"), 1800),

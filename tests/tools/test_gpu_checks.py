@@ -32,8 +32,9 @@ def run(repo_root: Path, *command: str, **environment: str) -> tuple[int, dict[s
     "command",
     [
         ["check_logprobs.py"],
-        ["check_actor.py"],
+        ["check_layouts.py"],  # which runs check_actor.py on two ranks
         ["check_offload.py"],
+        ["check_checkpoint.py"],
         ["check_weight_sync.py"],
         ["check_benchmark.py", "logprob_head"],
     ],
@@ -53,13 +54,6 @@ def test_the_kernels_check_passes_under_the_interpreter(case: str, repo_root: Pa
         assert (status, found["result"]) == (0, "passed"), found
     else:
         assert (status, found) == (77, {"result": "skipped", "reason": "not installed: triton"})
-
-
-def test_ranks_of_a_layout_agree_with_transformers(repo_root: Path, tmp_path: Path) -> None:
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    launch += ["--rdzv-endpoint", "localhost:0"]
-    status, found = run(repo_root, *launch, "tests/gpu/check_actor.py", "--device", "cpu", "--layout", "tp=2", "sp=1")
-    assert (status, found["result"]) == (0, "passed"), found
 
 
 def test_without_a_gpu_or_a_package_a_check_is_skipped_and_says_why(repo_root: Path) -> None:

@@ -59,6 +59,6 @@ def test_patches_are_applied_in_three_places_and_on_the_cpu_alone(repo_root: Pat
                 found[str(path.relative_to(repo_root))] = conditions.get(id(call))
     assert found == {
         "megatron_fipo/run.py": "device.type == 'cpu'",
-        "megatron_fipo/rollout/server.py": "start.use_cpu",
+        "megatron_fipo/rollout/server.py": "use_cpu",
         "megatron_fipo/conversion_check.py": None,
     }

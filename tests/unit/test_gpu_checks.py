@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -20,6 +21,16 @@ def test_every_program_that_is_there_is_run_under_a_name_of_its_own(repo_root: P
     programs = {path.name for path in (repo_root / "tests" / "gpu").glob("check_*.py")}
     assert programs <= {check.command[0] for check in CHECKS}
     assert len({check.name for check in CHECKS}) == len(CHECKS)
+
+
+def test_the_page_of_what_never_ran_names_every_check_and_none_that_is_not_there(repo_root: Path) -> None:
+    page = (repo_root / "docs" / "gpu-status.md").read_text()
+    for check in CHECKS:
+        assert f"`python tests/gpu/{' '.join(check.command)}`" in page, check.name
+    for program in re.findall(r"tests/gpu/(\w+\.\w+)", page):
+        assert (repo_root / "tests" / "gpu" / program).is_file(), program
+    rows = [line for line in page.splitlines() if line.startswith("| ")][1:]
+    assert all(re.search(r"\| .*(`|\]\().*\|$", row) for row in rows), "a row without a command or a page"
 
 
 def test_a_check_counts_by_its_last_word_and_its_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

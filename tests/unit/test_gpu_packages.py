@@ -143,7 +143,6 @@ def test_a_model_that_ranks_cut_too_fine_for_a_recipe_is_refused() -> None:
     [
         ({"fp8_recipe": "blockwise"}, "--fp8-recipe is 'blockwise', but must be used with --fp8-format"),
         ({"fp8_margin": 1}, "--fp8-margin is 1, but must be used with --fp8-format"),
-        ({"tp_only_amax_red": True}, "--tp-only-amax-red is True, but must be used with --fp8-format"),
         (
             {"fp8": "hybrid", "fp8_recipe": "tensorwise", "fp8_amax_history_len": 16},
             "--fp8-amax-history-len is 16, but must be used with --fp8-recipe delayed: tensorwise keeps no history",
