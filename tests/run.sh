@@ -86,6 +86,9 @@ part() {
     if [[ $name == kernels ]]; then
         run bash examples/setup_env.sh kernels || return 1
         settings=(TRITON_INTERPRET=1 "PYTHONPATH=$ROOT/.venv/kernels${PYTHONPATH:+:$PYTHONPATH}")
+    elif [[ $name == tools ]]; then
+        run bash examples/setup_env.sh quantize || return 1
+        settings=("PYTHONPATH=$ROOT/.venv/quantize${PYTHONPATH:+:$PYTHONPATH}")
     fi
     local choice=()
     if [[ $name == faults ]]; then

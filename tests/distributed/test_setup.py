@@ -143,8 +143,8 @@ def test_both_are_set_up_at_once_and_other_words_are_refused(repo: Path) -> None
     )
 
 
-def test_the_kernels_part_alone_sees_triton(repo: Path) -> None:
-    for part in ("distributed", "kernels"):
+def test_a_variant_is_seen_by_its_own_part_of_the_tests(repo: Path) -> None:
+    for part in ("distributed", "kernels", "tools"):
         arguments = ["bash", str(repo / "tests/run.sh"), part]
         env = environment(repo, PYTHONPATH="elsewhere")
         found = subprocess.run(arguments, cwd="/", env=env, capture_output=True, text=True, check=False, timeout=60)
@@ -153,6 +153,7 @@ def test_the_kernels_part_alone_sees_triton(repo: Path) -> None:
     assert calls == [
         "TRITON_INTERPRET= PYTHONPATH=elsewhere -m pytest tests/distributed",
         f"TRITON_INTERPRET=1 PYTHONPATH={repo}/.venv/kernels:elsewhere -m pytest tests/kernels",
+        f"TRITON_INTERPRET= PYTHONPATH={repo}/.venv/quantize:elsewhere -m pytest tests/tools",
     ]
 
 
