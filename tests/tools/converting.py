@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from tiny_models import make_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from megatron_fipo.weights.hf_files import HFWeights
 
@@ -53,3 +55,12 @@ def assert_same_files(found: Path, wanted: Path) -> None:
         assert torch.equal(one.read(name), other.read(name)), name
     for name in ("config.json", "tokenizer.json", "merges.txt"):
         assert (found / name).read_bytes() == (wanted / name).read_bytes(), name
+
+
+def add_tokenizer(directory: Path) -> None:
+    """One token for each byte: what a check of logits needs."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    (directory / "tokenizer.json").unlink()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)

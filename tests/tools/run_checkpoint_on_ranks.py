@@ -1,14 +1,20 @@
-"""Checkpoints of a run, saved by its own actor in a layout."""
+"""Checkpoints of a run, saved by its own actor in a layout; actors that start from one; tools beside them."""
 
 from __future__ import annotations
 
+import contextlib
+import io
+from typing import Any
+
 import torch
 from actor_on_ranks import make_actor, make_groups
+from converting import run
 
 from megatron_fipo.actor.checkpoint import save_checkpoint
+from megatron_fipo.actor.megatron_weights import MegatronWeights, find_megatron_checkpoint
 from megatron_fipo.actor.weights import load_hf_weights
 from megatron_fipo.own_state import NOTHING_DONE
-from megatron_fipo.weights.architecture import padded_vocab_size
+from megatron_fipo.weights.architecture import padded_vocab_size, read_architecture
 from megatron_fipo.weights.hf_files import HFWeights
 
 
@@ -24,3 +30,26 @@ def save_two_steps(model_dir: str, root: str) -> None:
                 parameter.mul_(1.25)
     for step in (1, 2):
         save_checkpoint(actor, root, step, NOTHING_DONE)
+
+
+def start_from(model_dir: str, other_dir: str, checkpoint: str) -> list[str]:
+    """The parameters in which an actor that started from a torch_dist checkpoint differs from one that started from the
+    model it was made of, in a layout of all ranks; `other_dir` is of the same architecture, with other weights."""
+    layout, groups = make_groups(tp=2)
+    arch = read_architecture(other_dir)
+    actor = make_actor(other_dir, layout, groups)
+    padded = padded_vocab_size(arch.vocab_size, 2)
+    found = []
+    for source in (MegatronWeights(find_megatron_checkpoint(checkpoint), arch), HFWeights(model_dir)):
+        load_hf_weights(actor.chunks, arch, source, layout, padded_vocab=padded)
+        found.append({name: value.detach().clone() for name, value in actor.chunks[0].named_parameters()})
+    one, other = found
+    return [name for name in one if not torch.equal(one[name], other[name])]
+
+
+def call_tool(tool: str, arguments: list[str]) -> dict[str, Any]:
+    """What a program in tools/ does in this process, and what it says."""
+    said = {"out": io.StringIO(), "err": io.StringIO()}
+    with contextlib.redirect_stdout(said["out"]), contextlib.redirect_stderr(said["err"]):
+        status = run(tool, *arguments)
+    return {"status": status, **{name: stream.getvalue() for name, stream in said.items()}}
