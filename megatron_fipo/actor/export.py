@@ -19,6 +19,7 @@ from megatron_fipo.weights.hf_files import write_hf_checkpoint
 from megatron_fipo.weights.mapping import checked_stream
 
 TIMEOUT_MINUTES = 10
+NO_GRADIENTS = {"gradient_accumulation_fusion": False}  # which local layers on CUDA want Apex for
 EXPORT_ONLY = {"use_distributed_optimizer": False, "grad_reduce_in_fp32": False}  # the least memory for gradients
 
 
@@ -47,7 +48,7 @@ def export_checkpoint(
         groups = initialize_model_parallel(layout, seed=0, timeout_minutes=TIMEOUT_MINUTES)
         chunks = build_policy(
             arch,
-            transformer_config(arch, layout, params_dtype=params_dtype, device=device, overrides={}),
+            transformer_config(arch, layout, params_dtype=params_dtype, device=device, overrides=NO_GRADIENTS),
             layout,
             padded_vocab=padded_vocab_size(arch.vocab_size, 1, 1),
             transformer_impl=transformer_impl,
