@@ -23,6 +23,7 @@ RAISED_AGAIN_AFTER_S = 1.0
 SAME_REQUEST_S = 1.0  # a terminal and a launcher may both pass on what was asked once
 LAUNCHER_PID = "MEGATRON_FIPO_LAUNCHER_PID"  # variable in which launch.py says who it is
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_LAST = 0  # no signal has this number
 ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
@@ -78,7 +79,8 @@ class Signals:
         sys.unraisablehook = self._hook
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_IGN if self._ends_process else handler)
-        os.close(self._pipe[1])  # ends the watch
+        os.write(self._pipe[1], bytes([_LAST]))  # ends the watch: a child that was forked may hold the pipe open
+        os.close(self._pipe[1])
         assert self._watch is not None
         self._watch.join()
         os.close(self._pipe[0])
@@ -157,7 +159,7 @@ class Signals:
             if not readable:
                 self._end_at_once(first, f"the run did not end within {self._grace_s:g} s (--exit-grace-s)")
             numbers = os.read(self._pipe[0], 64)
-            if not numbers:
+            if _LAST in numbers:
                 return
             asking = [number for number in numbers if number in ASKING]
             if asking and not first:

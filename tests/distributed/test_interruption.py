@@ -114,6 +114,19 @@ def end_of(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, stderr
 
 
+def test_a_forked_child_that_lives_on_does_not_hold_up_the_end() -> None:
+    with Signals():
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+        began = time.monotonic()
+    seconds = time.monotonic() - began
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert seconds < 10
+
+
 def test_the_end_of_the_grace_time_ends_a_process_that_is_stuck() -> None:
     process = start(grace=0.3)
     process.send_signal(signal.SIGTERM)
