@@ -193,6 +193,9 @@ SILENT: Mapping[str, str] = {
 """What is so anyway needs no note: flag -> its values."""
 
 
+_SHOWN = 40
+
+
 def ignored_note(flag: str, values: Sequence[str], *, is_option: bool) -> str | None:
     """The note about a flag without effect, "" where it asks for what is so anyway; None where the flag has an effect.
 
@@ -211,4 +214,5 @@ def ignored_note(flag: str, values: Sequence[str], *, is_option: bool) -> str | 
         raise ValueError(f"{flag} is {text!r}, but must be {only.because}")
     if flag in SILENT and re.fullmatch(SILENT[flag], text):
         return ""
-    return f"{f'{flag} {text}'.strip()} has no effect: {IGNORED_FLAGS[flag]}"
+    shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."  # a blend of data is hundreds of words
+    return f"{f'{flag} {shown}'.strip()} has no effect: {IGNORED_FLAGS[flag]}"

@@ -223,6 +223,14 @@ def test_a_rate_and_a_warm_up_of_pretraining_are_noted(tmp_path: Path) -> None:
     assert any(note.startswith("--save-interval 10000 counts steps, of which the run makes 200") for note in notes)
 
 
+def test_a_note_does_not_repeat_a_whole_blend_of_data() -> None:
+    blend = [word for i in range(200) for word in ("0.005", f"shard_{i}_text_document")]
+    (note,) = parse_arguments(["--hf-checkpoint", "model", "--task", "chain_sum", "--data-path", *blend]).notes
+    assert note.startswith("--data-path 0.005 shard_0_text_document 0.005")
+    assert note.endswith("... has no effect: problems come from --task or --prompt-data")
+    assert len(note) < 120
+
+
 def test_loading_from_where_one_saves_is_resuming_unless_it_must_exist() -> None:
     base = ["--hf-checkpoint", "model", "--task", "chain_sum", "--save", "ckpt/"]
     run = parse_arguments([*base, "--load", "ckpt"]).run
