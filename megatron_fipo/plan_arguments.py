@@ -46,6 +46,8 @@ _LAYOUT = (
     "megatron.num_layers_per_virtual_pipeline_stage",
     "megatron.num_virtual_stages_per_pipeline_rank",
 )
+_MOST_GPUS = 65536
+_MOST_BLOCKS = 1_000_000  # layers, or experts in all of them
 _BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0}
 _CACHE_BYTES = {"fp8_e5m2": 1.0, "fp8_e4m3": 1.0, "bf16": 2.0, "bfloat16": 2.0}
 _FULL = {"granularity": "full", "method": "uniform", "num_layers": 1}
@@ -111,7 +113,7 @@ def parse_plan(words: Sequence[str]) -> PlanRequest:
     require(per_node >= 1, "--gpus-per-node", per_node, ">= 1")
     require(nodes is None or nodes >= 1, "--nodes", nodes, ">= 1")
     num_gpus = values.get("num_gpus", (nodes or 1) * per_node)
-    require(num_gpus >= 1, "--num-gpus", num_gpus, ">= 1")
+    require(1 <= num_gpus <= _MOST_GPUS, "--num-gpus", num_gpus, f"between 1 and {_MOST_GPUS}")
     require(
         num_gpus <= per_node or num_gpus % per_node == 0,
         "--num-gpus",
@@ -133,9 +135,12 @@ def parse_plan(words: Sequence[str]) -> PlanRequest:
     require(imbalance >= 1, "--expert-imbalance", imbalance, ">= 1")
     checkpoint = given["run.hf_checkpoint"].value if "run.hf_checkpoint" in given else ""
     require(bool(checkpoint), "--hf-checkpoint", checkpoint, "a directory with a model's config.json")
+    arch = read_architecture(checkpoint)
+    blocks = arch.num_layers * (arch.num_moe_experts or 1)
+    require(blocks <= _MOST_BLOCKS, f"{checkpoint}/config.json: layers x experts", blocks, f"at most {_MOST_BLOCKS}")
     return PlanRequest(
         given=given,
-        arch=read_architecture(checkpoint),
+        arch=arch,
         cluster=Cluster(num_gpus, per_node, gpu_bytes, default if reserve is None else round(reserve * GIB)),
         expert_imbalance=imbalance,
         fixed=any(setting in given for setting in _LAYOUT),

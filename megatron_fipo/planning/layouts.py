@@ -46,7 +46,7 @@ def candidate_sizes(arch: Architecture, num_gpus: int, gpus_per_node: int) -> It
     What does not divide the model is among them, for the checks to say so.
     """
     num_experts = arch.num_moe_experts or 1
-    for tp in _divisors(gpus_per_node):
+    for tp in _divisors(min(gpus_per_node, num_gpus)):
         for pp in _divisors(num_gpus):
             for cp in _CONTEXT_SIZES:
                 if pp > arch.num_layers or num_gpus % (tp * pp * cp):

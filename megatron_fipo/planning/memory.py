@@ -80,8 +80,11 @@ class Plan:
 def plan_memory(training: Training, engine: Engine, turns: Turns, cluster: Cluster) -> Plan:
     """Work out every turn of every pipeline rank; the rank that trains with most memory stands for all."""
     by_stage: list[tuple[int, StateBytes, ActivationBytes]] = []
-    for stage in range(training.layout.pp):
-        states, activations = state_bytes(training, stage), activation_bytes(training, stage)
+    pp = training.layout.pp
+    states_of = {stage: state_bytes(training, stage) for stage in {0, min(1, pp - 1), pp - 1}}
+    for stage in range(pp):
+        states = states_of.get(stage) or states_of[1]  # all but the first and the last are alike
+        activations = activation_bytes(training, stage)
         by_stage.append((states.total + activations.total, states, activations))
     worst = max(range(len(by_stage)), key=lambda stage: by_stage[stage][0])
     _, states, activations = by_stage[worst]

@@ -99,18 +99,30 @@ def show_layouts(
     )
     if fitting:
         console.print(table)
+    if not rejected:
+        return
+    shared = _said_of_all([reason for *_, reason in rejected]) if not fitting else []
+    console.print(f"{len(rejected)} do not")
+    for reason in shared:
+        console.print(f"whatever the layout: {reason}", highlight=False, soft_wrap=True)
     reasons = Table(box=None, pad_edge=False)
     for name in ("TP", "PP", "CP", "EP"):
         reasons.add_column(name, justify="right")
     reasons.add_column("recompute")
     reasons.add_column("why not", overflow="fold")
     for sizes, recomputes, reason in rejected:
-        reasons.add_row(
-            str(sizes.tp), str(sizes.pp), str(sizes.cp), str(sizes.ep), "full" if recomputes else "-", reason
-        )
-    if rejected:
-        console.print(f"{len(rejected)} do not")
+        own = "; ".join(part for part in reason.split("; ") if part not in shared)
+        axes = map(str, (sizes.tp, sizes.pp, sizes.cp, sizes.ep))
+        if own:
+            reasons.add_row(*axes, "full" if recomputes else "-", own)
+    if reasons.row_count:
         console.print(reasons)
+
+
+def _said_of_all(reasons: Sequence[str]) -> list[str]:
+    """What stands in the way of every layout that could be cut at all."""
+    sets = [reason.split("; ") for reason in reasons if not reason.startswith("--")]
+    return [part for part in sets[0] if all(part in other for other in sets)] if len(sets) > 1 else []
 
 
 def plan_values(plan: Plan, cost: Cost) -> dict[str, Any]:
@@ -158,19 +170,15 @@ def _headline(plan: Plan) -> str:
 
 
 def _bar(turn: Turn, gpu_bytes: int) -> Text:
-    """Each part by its letter, to scale; what goes beyond the GPU is drawn beyond the bar's end."""
+    """Each part by its letter, to scale, as far as the GPU goes; what goes beyond is a `>`."""
     bar, drawn, so_far = Text("|"), 0, 0
     for part, (letter, colour) in _PARTS.items():
         so_far += turn.parts.get(part, 0)
-        end = round(so_far / gpu_bytes * BAR_WIDTH)
-        before = max(0, min(end, BAR_WIDTH) - drawn)
-        bar.append(letter * before, style=colour)
-        if end > BAR_WIDTH and drawn <= BAR_WIDTH:
-            bar.append("|")
-        bar.append(letter * min(end - max(drawn, BAR_WIDTH), BAR_WIDTH), style="red") if end > BAR_WIDTH else None
-        drawn = max(drawn, end + (end > BAR_WIDTH))
-    if drawn <= BAR_WIDTH:
-        bar.append("." * (BAR_WIDTH - drawn) + "|")
+        end = min(round(so_far / gpu_bytes * BAR_WIDTH), BAR_WIDTH)
+        bar.append(letter * (end - drawn), style=colour)
+        drawn = end
+    bar.append("." * (BAR_WIDTH - drawn))
+    bar.append("|>" if turn.total > gpu_bytes else "|")
     return bar
 
 

@@ -84,8 +84,9 @@ def chunk_parameters(training: Training, pp_rank: int, chunk: int) -> Iterator[P
     is_shared = arch.tied and layout.pp > 1
     if is_first:
         yield Parameter(vocabulary, has_own_bucket=is_shared)
+    of_a_layer = list(_layer_parameters(training))
     for _ in range(training.layers_per_chunk):
-        yield from _layer_parameters(training)
+        yield from of_a_layer
     if is_last:
         yield Parameter(arch.hidden_size)
         if not arch.tied or is_shared:
