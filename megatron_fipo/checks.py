@@ -14,7 +14,7 @@ import torch
 from megatron_fipo.arguments import Settings, architecture_differences
 from megatron_fipo.config import require
 from megatron_fipo.flags.megatron_table import flag_of_field
-from megatron_fipo.gpu_packages import check_gpu_packages, find_packages
+from megatron_fipo.gpu_packages import check_fp8_engines, check_gpu_packages, find_packages
 from megatron_fipo.losses.custom import load_custom_loss
 from megatron_fipo.megatron_config import MegatronSettings
 from megatron_fipo.metrics.records import EVALUATIONS_FILE, METRICS_FILE, SAMPLES_FILE
@@ -85,6 +85,8 @@ def check_run(settings: Settings, environment: Mapping[str, str]) -> Checked:
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     machine = find_packages(capability, torch.version.cuda)
     check_gpu_packages(transformer_impl, settings.megatron.transformer, arch, layout.tp, machine)
+    if settings.engine.fp8_weights:
+        check_fp8_engines(arch, settings.engine.tp_size, machine)
     return Checked(layout, device, transformer_impl, arch, weights)
 
 

@@ -17,6 +17,7 @@ from packaging.version import InvalidVersion, Version
 from megatron_fipo.config import require
 from megatron_fipo.flags.megatron_table import flag_of_field
 from megatron_fipo.weights.architecture import Architecture
+from megatron_fipo.weights.fp8 import check_fp8
 
 TRANSFORMER_ENGINE: Final = "2.20.2"
 """The release that requirements/gpu.txt pins."""
@@ -108,6 +109,17 @@ def check_gpu_packages(
     check_quantised_training(fields)
     if fields.get("fp8") or fields.get("fp4"):
         _check_recipe(fields, arch, tp_size, machine)
+
+
+def check_fp8_engines(arch: Architecture, tp_size: int, machine: Machine) -> None:
+    """Raise ValueError where engines of `tp_size` ranks cannot hold the model in FP8, or the GPU cannot compute it."""
+    flag, capability = "--rollout-fp8", machine.capability
+    if capability is None:
+        raise ValueError(f"{flag} is set, but engines on a CPU hold fp32 or bf16 weights: leave it out")
+    least = RECIPES["tensorwise"].least
+    found = f"this GPU has compute capability {_dotted(capability)}, and FP8 needs {_dotted(least)}"
+    require(capability >= least, flag, True, f"left out: {found}")
+    check_fp8(arch, tp_size)
 
 
 def check_quantised_training(fields: Mapping[str, Any]) -> None:

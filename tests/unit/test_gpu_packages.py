@@ -11,7 +11,13 @@ import pytest
 import torch
 
 from megatron_fipo import gpu_packages
-from megatron_fipo.gpu_packages import Machine, check_gpu_packages, check_quantised_training, find_packages
+from megatron_fipo.gpu_packages import (
+    Machine,
+    check_fp8_engines,
+    check_gpu_packages,
+    check_quantised_training,
+    find_packages,
+)
 from megatron_fipo.weights.architecture import Architecture
 
 HOPPER = Machine("2.20.2", None, has_apex_extension=False, capability=(9, 0), cuda=(13, 0))
@@ -174,3 +180,20 @@ def test_flags_that_go_together_are_taken() -> None:
     check_quantised_training({"fp8": "hybrid", "fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"})
     both = {"first_last_layers_bf16": True, "num_layers_at_start_in_bf16": 1, "num_layers_at_end_in_bf16": 2}
     check_quantised_training({"fp8": "e4m3", "fp8_recipe": "blockwise", **both})
+
+
+def test_fp8_engines_want_a_gpu_that_computes_it_and_whole_blocks() -> None:
+    blocks = replace(ARCH, num_query_groups=4)  # of 32 key channels each: 128
+    check_fp8_engines(blocks, 1, HOPPER)
+    with pytest.raises(ValueError, match="--rollout-fp8 is set, but engines on a CPU hold fp32 or bf16 weights"):
+        check_fp8_engines(blocks, 1, replace(HOPPER, capability=None))
+    with pytest.raises(ValueError, match=r"--rollout-fp8 .* compute capability 8\.0, and FP8 needs 8\.9"):
+        check_fp8_engines(blocks, 1, replace(HOPPER, capability=(8, 0)))
+    with pytest.raises(ValueError, match=r"--rollout-fp8 .* 64 key rows on each rank of an engine"):
+        check_fp8_engines(blocks, 2, HOPPER)
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise"])
+def test_fp8_engines_go_with_every_recipe_of_the_trainer(recipe: str) -> None:
+    check(HOPPER, fp8="hybrid", fp8_recipe=recipe)
+    check_fp8_engines(replace(ARCH, num_query_groups=4), 1, HOPPER)
