@@ -31,7 +31,7 @@ from megatron_fipo.types import Prompt, SamplingSettings
 from megatron_fipo.weights.architecture import Architecture, read_architecture
 from megatron_fipo.weights.hf_files import HFWeights, check_hf_shapes
 
-TOKENS_PER_BATCH = 4096
+TOKENS_PER_BATCH = 2048
 Progress = Callable[[str, int], contextlib.AbstractContextManager[Callable[[int], None]]]
 """(title, total) -> a context whose value is told how many more are done."""
 

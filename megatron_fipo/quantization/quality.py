@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_fipo.types import Completion, FinishReason, GenerateRequest
 
+ROWS_AT_ONCE = 256  # tokens whose distributions over the vocabulary are held several times
 UNKNOWN_VERSION = 0  # the weights of a completion that no engine made
 
 
@@ -37,18 +38,20 @@ def compare(before: Any, after: Any, batches: Iterable[Tensor]) -> Fidelity:
     for token_ids in batches:
         if token_ids.shape[1] < 2:
             continue
-        logits = [model(token_ids, use_cache=False).logits[:, :-1].float() for model in (before, after)]
-        largest = max(largest, float((logits[0] - logits[1]).abs().max()))
-        p, q = (values.log_softmax(-1) for values in logits)
-        targets = token_ids[:, 1:, None]
-        sums += torch.stack(
-            [
+        logits = [model(token_ids, use_cache=False).logits[:, :-1].flatten(0, 1) for model in (before, after)]
+        targets = token_ids[:, 1:].reshape(-1, 1)
+        for start in range(0, len(targets), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            one, other = (values[rows].float() for values in logits)
+            largest = max(largest, float((one - other).abs().max()))
+            p, q = one.log_softmax(-1), other.log_softmax(-1)
+            found = (
                 (p.exp() * (p - q)).sum(),
-                (logits[0].argmax(-1) == logits[1].argmax(-1)).sum(),
-                -p.gather(-1, targets).sum(),
-                -q.gather(-1, targets).sum(),
-            ]
-        ).to("cpu", torch.float64)
+                (one.argmax(-1) == other.argmax(-1)).sum(),
+                -p.gather(-1, targets[rows]).sum(),
+                -q.gather(-1, targets[rows]).sum(),
+            )
+            sums += torch.stack(found).to("cpu", torch.float64)
         num_tokens += targets.numel()
     if not num_tokens:
         raise ValueError("the calibration text has no prompt of two tokens or more: there is nothing to predict")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from megatron_fipo.quantization.checkpoint import load_model
 from megatron_fipo.quantization.export import exported_tensors, write_quantised
 from megatron_fipo.quantization.formats import Format
 from megatron_fipo.quantization.packing import dequantise_awq, dequantise_fp8, dequantise_nvfp4, pack_awq
+from megatron_fipo.quantization.quality import compare
 from megatron_fipo.quantization.simulation import quantise_model, quantised_weights
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
@@ -243,3 +245,29 @@ def test_awq_codes_lie_where_the_kernels_look_for_them() -> None:
     assert packed["qweight"][15].item() & 0xFFFFFFFF == 0x888F888F
     assert packed["qzeros"].item() & 0xFFFFFFFF == 0x88888888
     assert torch.equal(dequantise_awq(**packed), codes.float())
+
+
+def test_what_is_measured_is_what_the_distributions_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_fipo.quantization.quality.ROWS_AT_ONCE", 7)
+    before = make_model("llama", tied=True, **SIZES)
+    after = make_model("llama", tied=True, seed=1, **SIZES)
+    texts = batches()
+    found = compare(before, after, texts)
+    kl, same, num_tokens, worst = 0.0, 0, 0, 0.0
+    losses = [0.0, 0.0]
+    for row in (row for batch in texts for row in batch):
+        with torch.no_grad():
+            both = [model(row[None]).logits[0].double() for model in (before, after)]
+        for i in range(len(row) - 1):
+            p, q = (torch.distributions.Categorical(logits=logits[i]) for logits in both)
+            kl += float(torch.distributions.kl_divergence(p, q))
+            same += int(p.probs.argmax() == q.probs.argmax())
+            losses = [loss - float(each.log_prob(row[i + 1])) for loss, each in zip(losses, (p, q), strict=True)]
+            worst = max(worst, float((both[0][i] - both[1][i]).abs().max()))
+            num_tokens += 1
+    assert found.num_tokens == num_tokens == 4 * (24 + 9) - 8
+    assert found.kl == pytest.approx(kl / num_tokens, rel=1e-5)
+    assert found.same_likeliest == same / num_tokens
+    assert found.max_logit_difference == pytest.approx(worst, rel=1e-5)
+    perplexities = (found.perplexity_before, found.perplexity_after)
+    assert perplexities == pytest.approx([math.exp(loss / num_tokens) for loss in losses], rel=1e-5)
