@@ -95,11 +95,14 @@ ALLOWED: dict[str, dict[str, str]] = {
 def device_lines(path: Path) -> Iterator[str]:
     """The lines of a file, stripped, in which a device is compared or torch.cuda is named; each once."""
     text = path.read_text()
+    if "cuda" not in text and "cpu" not in text:
+        return
     lines = text.splitlines()
     found: set[int] = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Attribute):
-            if node.attr == "is_cuda" or ast.unparse(node) == "torch.cuda":
+            is_module = node.attr == "cuda" and isinstance(node.value, ast.Name) and node.value.id == "torch"
+            if node.attr == "is_cuda" or is_module:
                 found.add(node.lineno)
         elif isinstance(node, ast.Compare | ast.IfExp):
             words = {each.value for each in ast.walk(node) if isinstance(each, ast.Constant)} & {"cpu", "cuda"}
