@@ -20,15 +20,28 @@ from megatron_fipo.actor.checkpoint_files import (
     read_run_state,
     verify_checkpoint,
 )
-from megatron_fipo.actor.checkpoint_reading import CheckpointError, kind_of, shown
+from megatron_fipo.actor.checkpoint_reading import CheckpointError, kind_of, read_json, shown
 from megatron_fipo.actor.megatron_weights import TRACKER, find_megatron_checkpoint
 from megatron_fipo.actor.torch_dist_files import FORMAT, StoredTensors, read_common
 from megatron_fipo.weights.architecture import read_architecture
-from megatron_fipo.weights.hf_files import INDEX_NAME, SINGLE_NAME, HFWeights, check_hf_shapes
+from megatron_fipo.weights.hf_files import INDEX_NAME, SAFETENSORS_DTYPES, SINGLE_NAME, HFWeights, check_hf_shapes
 from megatron_fipo.weights.source import is_finite
 from megatron_fipo.weights.stored_names import EXTRA_STATE, OPTIMIZER_KEY
 
 Kind = Literal["checkpoint of a run", "Megatron-LM checkpoint", "Hugging Face model"]
+SAFETENSORS = SAFETENSORS_DTYPES | {
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+"""Dtypes by safetensors' names: a quantised model holds more of them than a run can start from."""
 SHOWN_ARGUMENTS = (
     "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels padded_vocab_size "
     "untie_embeddings_and_output_weights add_qkv_bias qk_layernorm rotary_base num_experts moe_router_topk "
@@ -84,10 +97,14 @@ def _inspect_hf(path: Path, verify: bool, advance: Callable[[int, int], None]) -
     found = Inspection("Hugging Face model", shown(path), total_bytes=_size_of(path))
     arch = None
     try:
-        arch = read_architecture(path)
-        found.holds["architecture"] = {
-            name: str(value) if isinstance(value, torch.dtype) else value for name, value in vars(arch).items()
-        }
+        quantization = read_json(path / "config.json").get("quantization_config")
+        if quantization is None:
+            arch = read_architecture(path)
+            found.holds["architecture"] = {
+                name: str(value) if isinstance(value, torch.dtype) else value for name, value in vars(arch).items()
+            }
+        else:  # its tensors are not those of the architecture
+            found.holds["quantization"] = quantization
     except ValueError as error:
         found.problems.append(str(error))
     found.holds["tokenizer"] = any(
@@ -101,10 +118,10 @@ def _inspect_hf(path: Path, verify: bool, advance: Callable[[int, int], None]) -
         found.problems.append(str(error))
         return found
     for name in weights.names:
-        found.tensors[name] = _described(weights.shape(name), weights.dtype(name))
+        found.tensors[name] = _described(weights.shape(name), SAFETENSORS[weights.dtype_name(name)])
     _count(found)
     if verify:
-        _read_all(found, weights.read, advance)
+        _read_all(found, weights.read_stored, advance)
     return found
 
 

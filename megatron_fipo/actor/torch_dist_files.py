@@ -107,6 +107,8 @@ class StoredTensors:
     def read(self, key: str, index: Sequence[int] = ()) -> Tensor:
         """The tensor `key`, or what of it lies at `index` of its first dimensions, in memory of its own."""
         shape, lead = self.shape(key), tuple(index)
+        if torch.Size(shape).numel() == 0:
+            return torch.empty(shape[len(lead) :], dtype=self.dtype(key))
         whole: Tensor | None = None
         for piece in self._pieces_at(key, lead):
             content = self._read_piece(key, piece)

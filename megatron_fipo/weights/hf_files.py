@@ -90,6 +90,14 @@ class HFWeights:
             )
         return SAFETENSORS_DTYPES[found]
 
+    def dtype_name(self, name: str) -> str:
+        """What safetensors calls the dtype, quantised ones among them."""
+        return self._header(name)[1]
+
+    def read_stored(self, name: str) -> Tensor:
+        """The whole tensor, of whatever dtype it is stored in."""
+        return cast(Tensor, self._slice(name)[:])
+
     def read(self, name: str) -> Tensor:
         """The whole tensor."""
         self.dtype(name)

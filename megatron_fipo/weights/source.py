@@ -37,4 +37,8 @@ class WeightSource(Protocol):
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether it holds finite numbers alone, found without a copy of it."""
-    return tensor.numel() == 0 or all(math.isfinite(bound) for bound in tensor.aminmax())
+    if tensor.numel() == 0 or not tensor.is_floating_point():
+        return True
+    if tensor.itemsize == 1:  # FP8, for which torch has no such reduction
+        tensor = tensor.bfloat16()
+    return all(math.isfinite(bound) for bound in tensor.aminmax())

@@ -157,6 +157,18 @@ def test_a_hugging_face_model_that_is_not_whole_is_told(
     assert f"names {first.name!r}, but" in found["problems"][0]
 
 
+def test_a_quantised_model_is_told_as_such(
+    directories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(directories / "hf", tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    save_file({"w": torch.ones(2, 3).to(torch.float8_e4m3fn)}, tmp_path / "hf" / "model.safetensors")
+    status, found = inspected(capsys, tmp_path / "hf", "--verify")
+    assert (status, found["problems"], found["holds"]["quantization"]) == (0, [], {"quant_method": "fp8"})
+    assert found["tensors"] == {"w": {"shape": [2, 3], "dtype": "float8_e4m3fn", "size_bytes": 6}}
+
+
 @pytest.mark.parametrize("content", ["nothing", "a legacy checkpoint", "a tracker of nothing", "a tracker of words"])
 def test_what_is_no_checkpoint_is_said(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = "holds no metadata.json: it is no torch_dist checkpoint"
