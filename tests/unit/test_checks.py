@@ -229,7 +229,9 @@ def test_a_checkpoint_of_megatron_lm_is_not_written_beside(checkpoint: Path, tmp
         ["--load", str(pretrained)],
         ["--save", str(pretrained), "--load", str(pretrained)],
     ):
-        with pytest.raises(ValueError, match=r"which holds a checkpoint of Megatron-LM's own .*--pretrained-checkpoint"):
+        with pytest.raises(
+            ValueError, match=r"which holds a checkpoint of Megatron-LM's own .*--pretrained-checkpoint"
+        ):
             check_run(parse(checkpoint, *flags, output_dir=tmp_path), ALONE)
 
 

@@ -74,7 +74,6 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
         "--num-virtual-stages-per-pipeline-rank (2) is given",
     ),
     (MegatronSettings, {"lr": -1.0}, "--lr is -1.0"),
-    (MegatronSettings, {"optimizer": {"min_lr": 1.0}}, "--min-lr is 1.0, but must be between 0 and --lr (1e-06)"),
     (MegatronSettings, {"optimizer": {"optimizer": "sgd"}}, "--optimizer is 'sgd', but must be adam"),
     (MegatronSettings, {"adam_beta2": 1.0}, "--adam-beta2 is 1.0"),
     (MegatronSettings, {"transformer": {"hidden_dropout": 0.1}}, "--hidden-dropout is 0.1, but must be 0"),
