@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_fipo.weights.architecture import Architecture, hf_shapes
 from megatron_fipo.weights.fp8 import is_quantised, quantised_tensors
@@ -70,7 +70,7 @@ def weight_bytes(engine: Engine) -> int:
     heads."""
     arch, tp, total = engine.arch, engine.tp, 0
     copies = max(1, tp // arch.num_query_groups)  # of each key-value head
-    for name, unpadded in hf_shapes(arch).items():
+    for name, unpadded in hf_shapes(replace(arch, num_layers=1)).items():
         is_vocabulary = "embed_tokens" in name or name.startswith("lm_head")
         multiple = _VOCABULARY_MULTIPLE if is_vocabulary else 1
         shape = (-(-unpadded[0] // multiple) * multiple, *unpadded[1:])
@@ -80,7 +80,8 @@ def weight_bytes(engine: Engine) -> int:
             size = math.prod(shape) * engine.dtype_bytes
         is_whole = "norm" in name or ".gate.weight" in name
         times = copies if ".k_proj." in name or ".v_proj." in name else 1
-        total += size if is_whole else size * times // tp
+        size = size if is_whole else size * times // tp
+        total += size * (arch.num_layers if ".layers." in name else 1)
     return total
 
 
