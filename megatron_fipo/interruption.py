@@ -18,13 +18,14 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
+from megatron_fipo.sheltered import ASKING
+
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: the run can go on from where it was saved
 RAISED_AGAIN_AFTER_S = 1.0
 SAME_REQUEST_S = 1.0  # a terminal and a launcher may both pass on what was asked once
 LAUNCHER_PID = "MEGATRON_FIPO_LAUNCHER_PID"  # variable in which launch.py says who it is
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LAST = 0  # no signal has this number
-ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def end_with_parent(number: signal.Signals = signal.SIGTERM, *, launcher: int | None = None) -> None:

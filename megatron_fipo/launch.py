@@ -20,7 +20,8 @@ from types import FrameType
 
 import psutil
 
-from megatron_fipo.interruption import ASKING, LAUNCHER_PID
+from megatron_fipo.interruption import LAUNCHER_PID
+from megatron_fipo.sheltered import ASKING
 
 FIRST_SIGNAL_STATUS = 128
 LEFT_TO_TORCHRUN = "SIGQUIT"

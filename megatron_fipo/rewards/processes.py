@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_fipo.sheltered import sheltered_children
 from megatron_fipo.types import GraderError, RewardResult
 
 MAX_REPLY_BYTES = 1 << 16  # the worker cuts its texts far below this
@@ -135,14 +136,15 @@ def start_worker(command: Sequence[str], settings: Mapping[str, Any]) -> Worker:
     """Start the process and queue its settings as its first line."""
     # One thread each: a grader shares the machine with the trainer.
     threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env={**os.environ, **threads},
-        bufsize=0,
-        start_new_session=True,  # Ctrl-C reaches the run alone, which then closes its pool
-    )
+    with sheltered_children():  # what asks the run to end reaches the run alone, which then closes its pool
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, **threads},
+            bufsize=0,
+            start_new_session=True,
+        )
     worker = Worker(process)
     worker.outgoing += json.dumps(settings).encode() + b"\n"
     worker.write()  # it gets ready even if nobody asks it for anything yet

@@ -19,6 +19,7 @@ from typing import Any
 from megatron_fipo.patches.sglang_cpu.plugin import ASKED_FOR
 from megatron_fipo.rollout.interface import interface_name
 from megatron_fipo.rollout.process_group import shared_memory_of, stop_process_group
+from megatron_fipo.sheltered import sheltered_children
 
 # What torchrun and srun tell the trainer about its own process group; SGLang would take it for its own.
 _LAUNCHER_VARIABLES = (
@@ -157,14 +158,15 @@ def _spawn(
     Path(log_path).parent.mkdir(parents=True, exist_ok=True)
     log = os.open(log_path, os.O_WRONLY | os.O_CREAT | (os.O_APPEND if append_log else os.O_TRUNC), 0o600)
     try:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_fipo.rollout.server"],
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            env=environment,
-            start_new_session=True,
-        )
+        with sheltered_children():
+            process = subprocess.Popen(
+                [sys.executable, "-m", "megatron_fipo.rollout.server"],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+            )
     finally:
         os.close(log)
     assert process.stdin is not None

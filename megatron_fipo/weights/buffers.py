@@ -11,6 +11,8 @@ import torch
 import torch.multiprocessing
 from torch import Tensor
 
+from megatron_fipo.sheltered import sheltered_children
+
 _MOST_FREE = 3  # one that is packed and two that engines load
 _STRATEGY_LOCK = threading.Lock()  # torch's sharing strategy is the process's
 
@@ -64,6 +66,6 @@ def shared_by_file_name() -> Iterator[None]:
 
 def _shared_memory(size_bytes: int) -> Tensor:
     """An uninitialised [size_bytes] uint8 tensor that another process can open."""
-    with shared_by_file_name():
+    with shared_by_file_name(), sheltered_children():  # the first call starts torch_shm_manager
         storage = torch.UntypedStorage._new_shared(size_bytes)
     return torch.tensor([], dtype=torch.uint8).set_(storage, 0, (size_bytes,), (1,))

@@ -277,16 +277,16 @@ KILL_SCHEDULER = Strike(signal.SIGKILL, "scheduler")
 KILL_DETOKENIZER = Strike(signal.SIGKILL, "detokenizer")
 STOP_SERVER = Strike(signal.SIGSTOP)
 STOP_SCHEDULER = Strike(signal.SIGSTOP, "scheduler")
-TERM_SERVER = Strike(signal.SIGTERM)
+QUIT_SERVER = Strike(signal.SIGQUIT)
 
 # One engine is struck in the first way, then the last one in the second: both are started again once.
 ROUNDS = [(KILL_SERVER, 0.3, STOP_SCHEDULER, 0.5)]
 MORE_ROUNDS = [
-    (KILL_SCHEDULER, 0.1, TERM_SERVER, 0.7),
+    (KILL_SCHEDULER, 0.1, QUIT_SERVER, 0.7),
     (STOP_SERVER, 0.5, KILL_DETOKENIZER, 0.4),
     (KILL_DETOKENIZER, 0.4, STOP_SERVER, 0.2),
     (STOP_SCHEDULER, 0.8, KILL_SCHEDULER, 0.9),
-    (TERM_SERVER, 0.2, KILL_SERVER, 0.0),
+    (QUIT_SERVER, 0.2, KILL_SERVER, 0.0),
 ]
 
 
