@@ -84,7 +84,7 @@ def check_run(settings: Settings, environment: Mapping[str, str]) -> Checked:
     check_layer_flags(settings.megatron, arch, transformer_impl)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     machine = find_packages(capability, torch.version.cuda)
-    check_gpu_packages(transformer_impl, settings.megatron.transformer, arch, layout.tp, machine)
+    check_gpu_packages(transformer_impl, settings.megatron.transformer, arch, layout, machine)
     if settings.engine.fp8_weights:
         check_fp8_engines(arch, settings.engine.tp_size, machine)
     return Checked(layout, device, transformer_impl, arch, weights)

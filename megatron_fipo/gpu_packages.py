@@ -16,6 +16,7 @@ from packaging.version import InvalidVersion, Version
 
 from megatron_fipo.config import require
 from megatron_fipo.flags.megatron_table import flag_of_field
+from megatron_fipo.parallel import ParallelLayout
 from megatron_fipo.weights.architecture import Architecture
 from megatron_fipo.weights.fp8 import check_fp8
 
@@ -96,7 +97,7 @@ def find_packages(capability: tuple[int, int] | None = None, cuda: str | None = 
 
 
 def check_gpu_packages(
-    transformer_impl: str, fields: Mapping[str, Any], arch: Architecture, tp_size: int, machine: Machine
+    transformer_impl: str, fields: Mapping[str, Any], arch: Architecture, layout: ParallelLayout, machine: Machine
 ) -> None:
     """Raise ValueError for layers and precision that this machine, or megatron-core, cannot follow.
 
@@ -108,7 +109,7 @@ def check_gpu_packages(
         _require_apex(machine)
     check_quantised_training(fields)
     if fields.get("fp8") or fields.get("fp4"):
-        _check_recipe(fields, arch, tp_size, machine)
+        _check_recipe(fields, arch, layout, machine)
 
 
 def check_fp8_engines(arch: Architecture, tp_size: int, machine: Machine) -> None:
@@ -161,7 +162,7 @@ def check_quantised_training(fields: Mapping[str, Any]) -> None:
         )
 
 
-def _check_recipe(fields: Mapping[str, Any], arch: Architecture, tp_size: int, machine: Machine) -> None:
+def _check_recipe(fields: Mapping[str, Any], arch: Architecture, layout: ParallelLayout, machine: Machine) -> None:
     if fields.get("fp4"):
         flag, name = "--fp4-recipe", str(fields.get("fp4_recipe", "nvfp4"))
     else:
@@ -180,13 +181,15 @@ def _check_recipe(fields: Mapping[str, Any], arch: Architecture, tp_size: int, m
             name,
             f"another with this torch, built with CUDA {_dotted(machine.cuda)}: {name} needs {_dotted(needs.cuda)}",
         )
-    ffn = arch.moe_ffn_hidden_size if arch.num_moe_experts else arch.ffn_hidden_size
+    ffn = arch.ffn_hidden_size // layout.tp
+    if arch.num_moe_experts:
+        ffn = (arch.moe_ffn_hidden_size or 0) // layout.etp
     rows = (arch.num_attention_heads + 2 * arch.num_query_groups) * arch.kv_channels
     for size, what in (
         (arch.hidden_size, "hidden size"),
-        (rows // tp_size, "rows of query, key and value on a tensor-parallel rank"),
-        (arch.num_attention_heads * arch.kv_channels // tp_size, "attention channels on a tensor-parallel rank"),
-        ((ffn or 0) // tp_size, "FFN channels on a tensor-parallel rank"),
+        (rows // layout.tp, "rows of query, key and value on a tensor-parallel rank"),
+        (arch.num_attention_heads * arch.kv_channels // layout.tp, "attention channels on a tensor-parallel rank"),
+        (ffn, "FFN channels on a tensor-parallel rank"),
     ):
         wanted = f"another for this model: {size} {what} are no multiple of {needs.multiple}"
         require(size % needs.multiple == 0, flag, name, wanted)

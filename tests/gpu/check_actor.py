@@ -2,9 +2,9 @@
 
     python tests/gpu/check_actor.py --transformer-impl local|transformer_engine [--fp8-recipe NAME] [--layout tp=2]
 
-Log-probs in fp32 (bf16 under FP8) against transformers' of the same weights; then one update from the actor's own old
-log-probs: the ratio is 1 everywhere, so loss and gradient are those of plain policy gradient; the log-probs move, and
-stay finite. With a layout it is one rank of several (torchrun), which must find the same.
+Log-probs, in fp32 unless --bf16 or a recipe is given, against transformers' in fp32 of the same weights; then an update
+from the actor's own old log-probs, where the ratio must be 1 everywhere, and another one; the log-probs move, and stay
+finite. With a layout it is one rank of several (torchrun).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from checking import Skip, add_paths, arguments, require, require_close, require
 add_paths("tests", "tests/distributed")
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
 NUM_SEQUENCES = 16
-TOLERANCE = {"fp32": 2e-5, "bf16": 0.03, "fp8": 0.15, "fp4": 0.4}  # of the largest log-prob
+TOLERANCE = {"fp32": 2e-5, "bf16": 0.01, "fp8": 0.12, "fp4": 0.6}  # fp32: of the largest log-prob; else on average
 
 
 def check(options: argparse.Namespace, device: torch.device) -> str:
@@ -46,7 +46,7 @@ def check(options: argparse.Namespace, device: torch.device) -> str:
         worst = 0.0
         if layout.is_last_stage:
             wanted = torch.cat([hf_logprobs(model, sequence).detach() for sequence in mine])
-            worst = require_close(torch.cat(old), wanted, TOLERANCE[kind], "log-probs")
+            worst = compare(torch.cat(old).cpu(), wanted, kind)
         again, _ = actor.old_logprobs([mine])
         require(all(torch.equal(a, b) for a, b in zip(old, again)), "the same pass twice gives other log-probs")
         metrics = [step(actor, mine, old, layout) for _ in range(2)]
@@ -62,7 +62,16 @@ def check(options: argparse.Namespace, device: torch.device) -> str:
             moved = float((torch.cat(after) - torch.cat(old)).abs().max())
             require(moved > 1e-4, f"two updates moved the log-probs by {moved} at most")
         norm = f", gradient norm {found['grad_norm']:.5f}" if found else ""
-        return f"log-probs off by {worst:.1e} of the largest, first update at ratio 1{norm}"
+        return f"log-probs off by {worst:.1e}, first update at ratio 1{norm}"
+
+
+def compare(found: torch.Tensor, wanted: torch.Tensor, kind: str) -> float:
+    """How far log-probs are off; in low precision on average, as a single token may be off by a lot."""
+    if kind == "fp32":
+        return require_close(found, wanted, TOLERANCE[kind], "log-probs")
+    off = float((found - wanted).abs().mean() / wanted.abs().mean())
+    require(off <= TOLERANCE[kind], f"log-probs are off by {off:.3f} on average, at most {TOLERANCE[kind]} is right")
+    return off
 
 
 def fields_of(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from megatron_fipo.gpu_packages import (
     check_quantised_training,
     find_packages,
 )
+from megatron_fipo.parallel import ParallelLayout
 from megatron_fipo.weights.architecture import Architecture
 
 HOPPER = Machine("2.20.2", None, has_apex_extension=False, capability=(9, 0), cuda=(13, 0))
@@ -42,7 +43,7 @@ ARCH = Architecture(
 
 
 def check(machine: Machine, impl: str = "transformer_engine", tp_size: int = 1, **fields: Any) -> None:
-    check_gpu_packages(impl, fields, ARCH, tp_size, machine)
+    check_gpu_packages(impl, fields, ARCH, ParallelLayout(tp=tp_size, etp=tp_size), machine)
 
 
 def test_this_machine_has_no_transformer_engine() -> None:
@@ -142,6 +143,14 @@ def test_a_model_that_ranks_cut_too_fine_for_a_recipe_is_refused() -> None:
         ValueError, match=r"--fp8-recipe is 'delayed', .* 24 rows of query, key and value .* multiple of 16"
     ):
         check(HOPPER, fp8="e4m3", tp_size=16)
+
+
+def test_experts_are_cut_by_their_own_ranks() -> None:
+    experts = replace(ARCH, family="qwen3_moe", num_moe_experts=8, moe_router_topk=2, moe_ffn_hidden_size=48)
+    fields = {"fp8": "hybrid"}
+    check_gpu_packages("transformer_engine", fields, experts, ParallelLayout(tp=2, etp=1), HOPPER)
+    with pytest.raises(ValueError, match=r"24 FFN channels on a tensor-parallel rank are no multiple of 16"):
+        check_gpu_packages("transformer_engine", fields, experts, ParallelLayout(tp=2, etp=2), HOPPER)
 
 
 @pytest.mark.parametrize(
