@@ -30,6 +30,16 @@ def has_delayed_scaling(config: Any) -> bool:
     return bool(config.fp8) and config.fp8_recipe == "delayed"
 
 
+def drop_quantised_weights(chunks: Sequence[nn.Module]) -> None:
+    """Let go of the FP8 copies of weights (up to 2 bytes each) that Transformer Engine keeps between micro-batches,
+    with any recipe: it makes them anew in the first micro-batch of every pass."""
+    for chunk in chunks:
+        for module in chunk.modules():
+            workspaces = getattr(module, "_fp8_workspaces", None)
+            if isinstance(workspaces, dict):
+                workspaces.clear()
+
+
 def make_forward_scales() -> None:
     """What Transformer Engine does after a forward pass with gradients. Collective over the ranks that share amaxes:
     the tensor-, data- and context-parallel ones of a stage."""

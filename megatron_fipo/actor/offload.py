@@ -16,6 +16,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
+from megatron_fipo.actor.fp8_scaling import drop_quantised_weights
 from megatron_fipo.actor.model import gather_parameters
 from megatron_fipo.actor.owned_tensors import gradients_of, optimizer_state, parameters_of
 
@@ -72,6 +73,7 @@ class Offloader:
             return 0
         if "parameters" in leaving:
             gather_parameters(self._chunks)
+            drop_quantised_weights(self._chunks)
         _wait(self._device)
         storages = self._storages()
         shared = [part for part in leaving for storage in storages[part] if not storage.resizable()]

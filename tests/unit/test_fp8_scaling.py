@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron_fipo.actor.fp8_scaling import DelayedScaling, has_delayed_scaling
+from megatron_fipo.actor.fp8_scaling import DelayedScaling, drop_quantised_weights, has_delayed_scaling
 
 LARGEST = 448.0
 
@@ -155,3 +155,11 @@ def test_only_the_delayed_recipe_has_a_state() -> None:
     assert not has_delayed_scaling(SimpleNamespace(fp8="hybrid", fp8_recipe="tensorwise"))
     assert not has_delayed_scaling(SimpleNamespace(fp8=None, fp8_recipe="delayed"))
     assert DelayedScaling([nn.Linear(2, 2)]).state() == {}
+
+
+def test_quantised_copies_of_weights_are_let_go_of() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0]._fp8_workspaces = kept = {"weight": torch.ones(2)}
+    drop_quantised_weights([model])
+    assert kept == {}
+    assert model[0]._fp8_workspaces is kept
