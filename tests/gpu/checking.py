@@ -51,9 +51,17 @@ def require_close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float, w
 
 def require_modules(*names: str) -> None:
     """Raises Skip naming those that are not installed."""
-    absent = [name for name in names if importlib.util.find_spec(name) is None]
+    absent = [name for name in names if not is_installed(name)]
     if absent:
         raise Skip(f"not installed: {', '.join(absent)}")
+
+
+def is_installed(name: str) -> bool:
+    """Whether there is such a module; a submodule's package is imported for it."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def require_gpus(device: torch.device, count: int) -> None:

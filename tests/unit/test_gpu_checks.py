@@ -11,7 +11,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gpu"))
 
 import check_quickstart
+import checking
 import run_checks
+import torch
 from run_checks import CHECKS, Check, Outcome
 
 from megatron_fipo.arguments import parse_arguments
@@ -62,6 +64,23 @@ def test_a_check_counts_by_its_last_word_and_its_status(tmp_path: Path, monkeypa
     table = run_checks.table(list(found.values())).splitlines()
     assert table[0] == "| check | result | seconds | reason |"
     assert table[2].endswith("| a / b |")
+
+
+def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    checking.require_modules("json", "json.decoder")
+    with pytest.raises(checking.Skip, match=r"^not installed: no_such_package, no_such_package\.part$"):
+        checking.require_modules("json", "no_such_package", "no_such_package.part")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(checking.Skip, match="2 GPUs are needed, 1 are visible"):
+        checking.require_gpus(torch.device("cuda"), 2)
+
+
+def test_a_value_that_is_off_or_not_finite_fails_a_check() -> None:
+    exact = torch.tensor([1.0, -4.0])
+    assert checking.require_close(exact + 0.004, exact, 0.01, "x") == pytest.approx(0.001, rel=0.01)
+    for wrong in (exact + 1.0, torch.tensor([1.0, torch.nan]), exact[:1]):
+        with pytest.raises(checking.CheckFailed, match="^x: "):
+            checking.require_close(wrong, exact, 0.01, "x")
 
 
 def test_the_exit_status_tells_failed_from_nothing_could_run() -> None:
