@@ -79,7 +79,7 @@ def test_a_value_that_is_off_or_not_finite_fails_a_check() -> None:
     exact = torch.tensor([1.0, -4.0])
     assert checking.require_close(exact + 0.004, exact, 0.01, "x") == pytest.approx(0.001, rel=0.01)
     for wrong in (exact + 1.0, torch.tensor([1.0, torch.nan]), exact[:1]):
-        with pytest.raises(checking.CheckFailed, match="^x: "):
+        with pytest.raises(checking.CheckFailed, match=r"^x: "):
             checking.require_close(wrong, exact, 0.01, "x")
 
 
