@@ -10,8 +10,8 @@
 # Why this layout. TP 8 stays inside a node and gives each rank one of the 8 key-value heads. A response has up to 20480
 # tokens: CP 2 halves what a rank keeps of the longest sequence, so that nothing is recomputed. PP 2 halves parameters and
 # gradients, which move to main memory and back at every step. What is left, 4, is DP; the optimizer is sharded over
-# DP x CP = 8. `tools/plan.py` without the layout's flags finds layouts that are nominally a tenth faster (TP 4, CP 4), with
-# the ring of CP between nodes or little memory to spare. 4 GPUs an engine: 28 of the longest responses at once each.
+# DP x CP = 8. `tools/plan.py` without the layout's flags finds layouts that are nominally up to a tenth faster (TP 2 or 4, PP 8
+# or 16); they leave 2 to 6 GiB of memory. 4 GPUs an engine: 28 of the longest responses at once each.
 #
 # `plan` says (nothing of this was run on a GPU):
 #
