@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# FIPO on a mixture of experts, Qwen3-30B-A3B, 4 nodes of 8 GPUs. The settings are the 32B table's but for lengths.
+# FIPO on a mixture of experts, Qwen3-30B-A3B, 4 nodes of 8 GPUs. The settings are the 32B table's but for length and batch.
 #
 #   bash examples/recipes/qwen3-30b-a3b-4x8.sh                             on every node, with NODE_RANK and MASTER_ADDR set
 #   bash examples/recipes/qwen3-30b-a3b-4x8.sh --slurm --time 24:00:00     submits it; --dry-run shows the job
