@@ -58,6 +58,8 @@ def find_megatron_checkpoint(path: str | Path) -> Path:
             f"{shown(directory)} is in Megatron-LM's format `torch` (mp_rank_*), a pickle per rank: load it with "
             "Megatron-LM and save it with --ckpt-format torch_dist (--ckpt-convert-format torch_dist)"
         )
+    if (path / "config.json").is_file():
+        raise CheckpointError(f"{shown(path)} is a Hugging Face model, but must be a torch_dist checkpoint")
     numbered = sorted(entry.name for entry in path.glob("iter_*"))
     more = f"; it holds {', '.join(numbered[:4])} but no {TRACKER}: name one of these" if numbered else ""
     raise CheckpointError(

@@ -189,6 +189,14 @@ def test_what_is_no_checkpoint_is_said(content: str, tmp_path: Path, capsys: pyt
     assert said.count("\n") == 1
 
 
+def test_a_hugging_face_model_is_no_checkpoint_to_convert(
+    directories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--load", directories / "hf", "--hf-checkpoint", directories / "hf", "--save", tmp_path / "x")
+    assert run("megatron_to_hf", *options) == 2
+    assert "is a Hugging Face model, but must be a torch_dist checkpoint" in capsys.readouterr().err
+
+
 def with_common(directory: Path, common: dict[str, Any]) -> StoredTensors:
     directory.mkdir(exist_ok=True)
     writer = TorchDistWriter(directory)
