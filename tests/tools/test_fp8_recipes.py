@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -96,6 +97,32 @@ def test_a_pickled_extra_state_goes_into_no_checkpoint(monkeypatch: pytest.Monke
     assert found["a._extra_state"].data.numel() == 0
     assert found["b._extra_state"].data is None
     assert found["c"].data.numel() == 4
+
+
+def test_the_scales_go_through_a_checkpoint_as_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_fipo.actor import checkpoint
+    from megatron_fipo.actor.checkpoint_files import CheckpointError
+    from megatron_fipo.actor.fp8_scaling import DelayedScaling
+
+    def scaling(value: float | None) -> DelayedScaling:
+        layer = torch.nn.Linear(1, 1)
+        if value is not None:
+            state = SimpleNamespace(scale=torch.full((3,), value), amax_history=torch.full((4, 3), value))
+            layer.fp8_meta = {"scaling_fwd": state, "scaling_bwd": state}
+        return DelayedScaling([torch.nn.Sequential(layer)])
+
+    monkeypatch.setattr(checkpoint, "_rng_state", dict)
+    path, full, empty = tmp_path / "rng_0.pt", scaling(2.5), scaling(None)
+    path.write_bytes(checkpoint.saved(checkpoint._state_of_layout(SimpleNamespace(scaling=full))))
+    monkeypatch.setattr(checkpoint, "_set_rng_state", lambda path: None)
+    checkpoint._set_state_of_layout(SimpleNamespace(scaling=empty), path)
+    assert empty.saved.keys() == full.state().keys() == empty.state().keys()
+    assert len(empty.saved) == 4
+    assert all(torch.equal(empty.saved[name], tensor) for name, tensor in full.state().items())
+    path.write_bytes(checkpoint.saved(checkpoint._state_of_layout(SimpleNamespace(scaling=None))))
+    checkpoint._set_state_of_layout(SimpleNamespace(scaling=None), path)
+    with pytest.raises(CheckpointError, match="holds no 'fp8_scaling': it was saved without --fp8-recipe delayed"):
+        checkpoint._set_state_of_layout(SimpleNamespace(scaling=scaling(None)), path)
 
 
 def test_data_parallel_ranks_with_delayed_scaling_run_the_same_passes(tmp_path: Path, model_dir: Path) -> None:
