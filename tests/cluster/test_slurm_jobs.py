@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from left_behind import MARK, marked
 from runs import differences
 from slurm_cluster import ENDED, wait_for
 from slurm_jobs import DISTURBED, PROGRAM, Jobs
 from small_run import START_WITHIN_S, command_line, num_steps
 
 from megatron_fipo.actor.checkpoint_files import verify_checkpoint
+from megatron_fipo.sheltered import ASKING
 
 READ = "megatron_fipo.trainer.recording:read_rollouts"
 PAUSED_WITHIN_S = 90.0
@@ -35,6 +39,20 @@ def wait_for_faults(directory: Path, count: int, rank: int = 0) -> None:
 
 def log_of(directory: Path, job: str) -> str:
     return (directory / "out" / "slurm" / f"{job}.log").read_text()
+
+
+def started_by_ranks() -> list[tuple[str, set[int]]]:
+    """Command and blocked signals of every living process that the ranks have started: Slurm signals them too."""
+    found = []
+    for pid, command in marked(os.environ[MARK]).items():
+        with contextlib.suppress(OSError):
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            is_task = any(entry.startswith(b"SLURM_PROCID=") for entry in environment)
+            is_rank = PROGRAM[1] in command and "-m" in command
+            if is_task and not is_rank and not command.startswith(("slurm", "srun", "/bin/bash")):
+                mask = int(re.findall(r"SigBlk:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[0], 16)
+                found.append((command, {number for number in range(1, 65) if mask >> (number - 1) & 1}))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +124,9 @@ def test_a_cancelled_job_with_engines_leaves_whole_checkpoints_and_does_not_come
     job = jobs.submit(tmp_path, ["-N", "2", "--time=10", f"--log-dir={tmp_path}/out/slurm"], program)
     wait_for("two steps", lambda: num_steps(tmp_path) >= 2 or jobs.cluster.state(job) in ENDED, START_WITHIN_S)
     assert jobs.cluster.state(job) == "RUNNING", log_of(tmp_path, job)
+    deaf = [command for command, blocked in started_by_ranks() if blocked.issuperset(ASKING)]
+    assert sum("torch_shm_manager" in command for command in deaf) >= 2, deaf
+    assert len(deaf) == len(started_by_ranks()) >= 2 * len(("server", "scheduler", "grader or manager"))
     jobs.cluster.ask("scancel", job)
     assert jobs.wait(job) == "CANCELLED"
     assert jobs.cluster.field(job, "Restarts") == "0"
