@@ -6,6 +6,7 @@ Whatever in config.json could change the maths is either carried by `Architectur
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +111,7 @@ def read_architecture(hf_dir: str | Path) -> Architecture:
     malformed, when a field is missing, or when one asks for maths that is not built.
     """
     path = Path(hf_dir) / "config.json"
-    config = _read_json_object(path)
+    config = read_config(hf_dir)
     family = config.get("model_type")
     require(
         isinstance(family, str) and family in CAUSAL_LM_CLASS,
@@ -359,11 +360,11 @@ def _check_neutral(path: Path, config: Mapping[str, Any], family: Family) -> Non
     if family == "llama":
         found = config.get("sliding_window")
         require(found is None, f"{path}: sliding_window", found, "absent: sliding windows are not supported")
-    layer_types = set(config.get("layer_types") or ["full_attention"])
+    layer_types = config.get("layer_types") or ["full_attention"]
     require(
-        layer_types == {"full_attention"},
+        isinstance(layer_types, list) and all(kind == "full_attention" for kind in layer_types),
         f"{path}: layer_types",
-        sorted(layer_types),
+        sorted({str(kind) for kind in layer_types}) if isinstance(layer_types, list) else layer_types,
         "full_attention in every layer: sliding windows are not supported",
     )
     architectures = config.get("architectures") or [CAUSAL_LM_CLASS[family]]
@@ -377,13 +378,19 @@ def _check_neutral(path: Path, config: Mapping[str, Any], family: Family) -> Non
 
 def _read_rope(path: Path, config: Mapping[str, Any]) -> tuple[float, float | None]:
     """(theta, Llama 3 scaling factor or None) from transformers 5's rope_parameters or 4's rope_theta, rope_scaling."""
-    field = "rope_parameters" if config.get("rope_parameters") is not None else "rope_scaling"
+    given = [name for name in ("rope_parameters", "rope_scaling") if config.get(name) is not None]
+    for name in given:
+        require(isinstance(config[name], dict), f"{path}: {name}", config[name], "an object")
+    if len(given) == 2:  # transformers takes the second, other programs the first
+        one, other = (_without_theta(config[name]) for name in given)
+        require(one == other, f"{path}: rope_scaling", config["rope_scaling"], f"rope_parameters' values, {one}")
+    field = given[0] if given else "rope_scaling"
     rope = config.get(field) or {}
-    require(isinstance(rope, dict), f"{path}: {field}", rope, "an object")
     where = f"{path}: {field}"
 
-    thetas = [theta for theta in (rope.get("rope_theta"), config.get("rope_theta")) if theta is not None]
-    require(len(thetas) < 2 or thetas[0] == thetas[1], f"{path}: rope_theta", thetas[1:], f"{thetas[:1]} as in {field}")
+    found = [place.get("rope_theta") for place in (*(config[name] for name in given), config)]
+    thetas = [theta for theta in found if theta is not None]
+    require(all(theta == thetas[0] for theta in thetas), f"{path}: rope_theta", thetas, "the same in every place")
     theta = _positive_float(path, thetas[0] if thetas else 10000.0, "rope_theta")  # the three families' default
 
     rope_type = rope.get("rope_type", rope.get("type", "default"))
@@ -401,15 +408,22 @@ def _read_rope(path: Path, config: Mapping[str, Any]) -> tuple[float, float | No
     return theta, _positive_float(path, rope.get("factor"), f"{field}.factor")
 
 
-def _read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises ValueError naming the file and, if malformed, the line."""
+def _without_theta(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """What an object says of RoPE besides theta, whichever name the type has."""
+    told = {"rope_type": rope.get("type", "default"), **rope}
+    return {name: value for name, value in told.items() if name not in ("type", "rope_theta")}
+
+
+def read_config(hf_dir: str | Path) -> dict[str, Any]:
+    """The JSON object in `hf_dir`/config.json. Raises ValueError naming the file and, if malformed, the line."""
+    path = Path(hf_dir) / "config.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(
             f"{path} cannot be read ({error.strerror}): a Hugging Face model's directory has one"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     require(isinstance(found, dict), str(path), type(found).__name__, "a JSON object")
     return cast("dict[str, Any]", found)
@@ -423,7 +437,8 @@ def _positive_int(path: Path, config: Mapping[str, Any], name: str) -> int:
 
 def _positive_float(path: Path, found: object, name: str) -> float:
     is_number = isinstance(found, int | float) and not isinstance(found, bool)
-    require(is_number and cast(float, found) > 0, f"{path}: {name}", found, "a number > 0")
+    is_usable = is_number and 0 < cast(float, found) <= sys.float_info.max
+    require(is_usable, f"{path}: {name}", found, "a finite number > 0")
     return float(cast(float, found))
 
 

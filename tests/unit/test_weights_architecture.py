@@ -149,6 +149,12 @@ def test_llama3_rope_scaling_becomes_megatrons(tmp_path, changes):
     assert to_gpt_model_fields(read(tmp_path, LLAMA))["rope_scaling"] is False
 
 
+def test_rope_said_twice_and_alike_is_read(tmp_path):
+    old = {**{name: LLAMA3_SCALING[name] for name in LLAMA3_SCALING if name != "rope_type"}, "type": "llama3"}
+    found = read(tmp_path, LLAMA, rope_parameters={**LLAMA3_SCALING, "rope_theta": 500000.0}, rope_scaling=old)
+    assert (found.rope_theta, found.rope_scaling_factor) == (500000.0, 8.0)
+
+
 def test_absent_fields_take_the_familys_defaults(tmp_path):
     config = {name: value for name, value in LLAMA.items() if name not in ("rope_theta", "num_key_value_heads")}
     arch = read(tmp_path, config)
@@ -172,6 +178,13 @@ def test_absent_fields_take_the_familys_defaults(tmp_path):
         (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         (LLAMA, {"rope_parameters": {"rope_theta": 500000.0, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         (LLAMA, {"rope_parameters": {"rope_theta": 10000.0}}, "rope_theta"),
+        (LLAMA, {"rope_parameters": {"rope_type": "default"}, "rope_scaling": LLAMA3_SCALING}, "rope_scaling"),
+        (LLAMA, {"rope_parameters": LLAMA3_SCALING, "rope_scaling": {**LLAMA3_SCALING, "factor": 9}}, "rope_scaling"),
+        (LLAMA, {"rope_parameters": LLAMA3_SCALING, "rope_scaling": {**LLAMA3_SCALING, "rope_theta": 1}}, "rope_theta"),
+        (LLAMA, {"rope_theta": 10**400}, "rope_theta"),
+        (LLAMA, {"rms_norm_eps": float("inf")}, "rms_norm_eps"),
+        (QWEN, {"layer_types": 5}, "layer_types"),
+        (QWEN, {"layer_types": [{}]}, "layer_types"),
         (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type"),
         (LLAMA, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type"),
         (LLAMA, {"rope_scaling": {**LLAMA3_SCALING, "low_freq_factor": 2.0}}, "low_freq_factor"),
@@ -211,7 +224,7 @@ def test_unknown_model_type_lists_the_supported(tmp_path):
         read(tmp_path, LLAMA, model_type="mixtral")
 
 
-@pytest.mark.parametrize("text", [None, "", '{"model_type": "llama",', "[1]", b"\xff\xfe"])
+@pytest.mark.parametrize("text", [None, "", '{"model_type": "llama",', "[1]", b"\xff\xfe", "[" * 9999, "1" * 5000])
 def test_missing_or_malformed_config_is_named(tmp_path, text):
     if text is not None:
         (tmp_path / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
