@@ -16,9 +16,16 @@ import torch.distributed as dist
 
 from megatron_fipo.actor.actor import Actor
 from megatron_fipo.actor.checkpoint import load_checkpoint, require_same_architecture
-from megatron_fipo.actor.checkpoint_files import RUN_STATE, CheckpointError, find_valid_checkpoint, read_run_state
+from megatron_fipo.actor.checkpoint_files import (
+    RUN_STATE,
+    CheckpointError,
+    find_valid_checkpoint,
+    read_run_state,
+    verify_checkpoint_together,
+)
 from megatron_fipo.actor.checkpoint_saver import CheckpointSaver
 from megatron_fipo.actor.finite_weights import BrokenWeights
+from megatron_fipo.actor.megatron_weights import MegatronWeights
 from megatron_fipo.actor.setup import initialize_distributed, initialize_model_parallel, shut_down
 from megatron_fipo.arguments import Settings, config_text, config_values
 from megatron_fipo.assembly import (
@@ -71,6 +78,8 @@ def _run(
     stack.callback(shut_down)
     said: list[str] = [*settings.notes, *(problems.notes if problems is not None else ())]
     resume_from = _checkpoint_to_resume(settings, said.append)  # before the log drops what came after it
+    if resume_from is None and isinstance(checked.weights, MegatronWeights):
+        said += _verified_start(checked.weights)
     saved: dict[str, Any] = {"step": 0, "trainer": NOTHING_DONE}
     if resume_from is not None:
         saved = read_run_state(resume_from)
@@ -153,6 +162,16 @@ def _checkpoint_to_resume(settings: Settings, say: Callable[[str], None]) -> Pat
     )
     say(f"--auto-resume: {save} holds no checkpoint yet, so the run begins at its first step{lost}")
     return None
+
+
+def _verified_start(weights: MegatronWeights) -> list[str]:
+    """Compare a run's checkpoint, given as --pretrained-checkpoint, with its manifest: what to say of it. Collective."""
+    if (weights.directory / RUN_STATE).is_file():
+        try:
+            verify_checkpoint_together(weights.directory)
+        except CheckpointError as error:
+            raise CheckpointError(f"--pretrained-checkpoint: {error}") from error
+    return [] if weights.note is None else [f"--pretrained-checkpoint: {weights.note}"]
 
 
 class _Stages:

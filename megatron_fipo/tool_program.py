@@ -19,7 +19,7 @@ def ended(program: Callable[[], int]) -> int:
     try:
         return program()
     except KeyboardInterrupt:
-        print("error: interrupted, nothing was written", file=sys.stderr, flush=True)
+        print("error: interrupted; what was not finished is removed", file=sys.stderr, flush=True)
         return 130
     except ValueError as error:
         return _fail(error, USER_ERROR)
@@ -32,7 +32,7 @@ def ended(program: Callable[[], int]) -> int:
 
 
 @contextmanager
-def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+def progress(what: str, unit: str = "tensors") -> Iterator[Callable[[int, int], None]]:
     """A function to call with how many of how many are done: a bar on a terminal, else a line now and then."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -48,7 +48,7 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
             bar.update(task, completed=done, total=total)
             if not console.is_terminal and time.monotonic() - said > SECONDS_BETWEEN_LINES:
                 said = time.monotonic()
-                print(f"{what}: {done} of {total} tensors", file=sys.stderr, flush=True)
+                print(f"{what}: {done} of {total} {unit}", file=sys.stderr, flush=True)
 
         yield advance
 

@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron_fipo.conversion_check import DTYPES_BY_FLAG, add_options, check
+from megatron_fipo.conversion_check import DTYPES_BY_FLAG, add_options, check, prepare_check
 from megatron_fipo.tool_program import ended, progress
 
 
@@ -24,6 +24,7 @@ def convert(options: argparse.Namespace) -> int:
     """As the options say; the exit status."""
     from megatron_fipo.actor.conversion import hf_to_megatron
 
+    tokens = prepare_check(options, options.hf_checkpoint)
     with progress("converting") as advance:
         written = hf_to_megatron(
             options.hf_checkpoint,
@@ -34,7 +35,7 @@ def convert(options: argparse.Namespace) -> int:
             advance=advance,
         )
     print(f"{written} holds the model: --load {options.save} in Megatron-LM, --pretrained-checkpoint here")
-    return check(options, options.hf_checkpoint, written) if options.check else 0
+    return check(options, options.hf_checkpoint, written, tokens) if tokens is not None else 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,11 +7,12 @@ python tools/megatron_to_hf.py --load DIR --hf-checkpoint DIR --save DIR [--dtyp
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 
 from megatron_fipo.config import require
-from megatron_fipo.conversion_check import DTYPES_BY_FLAG, add_options, check
+from megatron_fipo.conversion_check import DTYPES_BY_FLAG, add_options, check, prepare_check
 from megatron_fipo.tool_program import ended, progress
 
 
@@ -23,13 +24,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def convert(options: argparse.Namespace) -> int:
     """As the options say; the exit status."""
-    from megatron_fipo.actor.conversion import megatron_to_hf
+    from megatron_fipo.actor.conversion import megatron_to_hf, verify_run
     from megatron_fipo.actor.inspection import find_any_checkpoint
 
-    require(options.max_shard_gb > 0, "--max-shard-gb", options.max_shard_gb, "> 0")
+    require(0 < options.max_shard_gb < math.inf, "--max-shard-gb", options.max_shard_gb, "> 0 and finite")
     checkpoint = find_any_checkpoint(options.load)
+    tokens = prepare_check(options, options.hf_checkpoint)
+    with progress("verifying", "files") as advance:
+        verify_run(checkpoint, advance)
     with progress("converting") as advance:
-        megatron_to_hf(
+        note = megatron_to_hf(
             checkpoint,
             options.hf_checkpoint,
             options.save,
@@ -38,7 +42,9 @@ def convert(options: argparse.Namespace) -> int:
             advance=advance,
         )
     print(f"{options.save} holds the model of {checkpoint}")
-    return check(options, options.save, checkpoint) if options.check else 0
+    if note is not None:
+        print(f"NOTE: {note}", file=sys.stderr)
+    return check(options, options.save, checkpoint, tokens) if tokens is not None else 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -111,11 +111,18 @@ def find_valid_checkpoint(root: str | Path, *, say: Callable[[str], None]) -> Pa
     raise CheckpointError(f"--load is {str(root)!r}, but no checkpoint in it is whole: {'; '.join(complaints)}")
 
 
-def verify_checkpoint(directory: Path, *, rank: int = 0, num_ranks: int = 1) -> None:
+def verify_checkpoint(
+    directory: Path,
+    *,
+    rank: int = 0,
+    num_ranks: int = 1,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
     """Check the files against the manifest, and the metadata against all that does not belong there.
 
-    Every rank checks names, kinds and sizes of all files and the SHA-256 of its share. Raises CheckpointError naming
-    the first file that is missing, truncated, changed, not in the manifest, or no regular file.
+    Every rank checks names, kinds and sizes of all files and the SHA-256 of its share; `advance` is told how many of
+    how many of these it has read. Raises CheckpointError naming the first file that is missing, truncated, changed, not
+    in the manifest, or no regular file.
     """
     if directory.is_symlink():
         raise CheckpointError(f"{shown(directory)} is a symbolic link, not a checkpoint's directory")
@@ -131,9 +138,11 @@ def verify_checkpoint(directory: Path, *, rank: int = 0, num_ranks: int = 1) -> 
             )
     for name in sorted(found.keys() - listed.keys()):
         raise CheckpointError(f"{shown(directory / name)} is not in the checkpoint's manifest")
-    for name in _share(listed, rank, num_ranks):
+    share = _share(listed, rank, num_ranks)
+    for done, name in enumerate(share, start=1):
         if sha256_of(directory / name) != listed[name]["sha256"]:
             raise CheckpointError(f"{directory / name} was changed: its SHA-256 is not the one in the manifest")
+        advance(done, len(share))
     for name in (METADATA, RUN_STATE, COMMON, FORMAT):
         if name not in listed:
             raise CheckpointError(f"{directory / MANIFEST} lists no {name}: this is not a checkpoint of a run")

@@ -112,15 +112,19 @@ def read_tensors(path: Path) -> Any:
     return load_tensors(io.BytesIO(content), len(content), shown(path))
 
 
-def load_tensors(stream: IO[bytes] | FilePart, size_bytes: int, name: str) -> Any:
+def load_tensors(stream: IO[bytes] | FilePart, size_bytes: int, name: str, *, check_sums: bool = False) -> Any:
     """What torch.save wrote to `stream`, admitting tensors and plain data only, whatever the environment says.
 
     The archive must be as torch writes it, uncompressed, so that what comes out is no larger than the `size_bytes` that
-    go in. Raises CheckpointError beginning with `name`.
+    go in. With `check_sums` every byte is compared with the archive's CRC-32, which torch itself does not look at; an
+    archive written without them (torch's set_crc32_options) has zeros there. Raises CheckpointError beginning with
+    `name`.
     """
     try:
         with zipfile.ZipFile(cast(IO[bytes], stream)) as archive:
             members = archive.infolist()
+            if check_sums and all(member.compress_type == zipfile.ZIP_STORED for member in members):
+                _check_sums(archive, name)
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
             raise CheckpointError(f"{name} is compressed, which torch never does: it is not read")
         if sum(member.file_size for member in members) > size_bytes:
@@ -129,8 +133,23 @@ def load_tensors(stream: IO[bytes] | FilePart, size_bytes: int, name: str) -> An
         return torch.load(stream, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
+    except pickle.UnpicklingError as error:  # torch goes on to advise to load it without its guard
+        refused = str(error).partition("WeightsUnpickler error:")[2] or "it holds more than tensors and plain data"
+        raise CheckpointError(f"{name} cannot be read: {refused.strip().splitlines()[0][:300]}") from error
     except _UNREADABLE as error:
         raise CheckpointError(f"{name} cannot be read: {reason(error)}") from error
+
+
+def _check_sums(archive: zipfile.ZipFile, name: str) -> None:
+    for member in archive.infolist():
+        if not member.CRC:
+            continue
+        try:
+            with archive.open(member) as content:
+                while content.read(2**20):
+                    pass
+        except zipfile.BadZipFile as error:
+            raise CheckpointError(f"{name} was changed: {reason(error)}") from error
 
 
 class FilePart:
@@ -194,7 +213,6 @@ _UNREADABLE = (
     ValueError,
     AttributeError,
     AssertionError,
-    pickle.UnpicklingError,
 )
 
 

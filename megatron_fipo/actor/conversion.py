@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_fipo.actor.checkpoint_files import verify_checkpoint
 from megatron_fipo.actor.checkpoint_reading import CheckpointError, reason, shown
-from megatron_fipo.actor.megatron_weights import RELEASE, TRACKER, MegatronWeights
-from megatron_fipo.actor.torch_dist_files import TorchDistWriter
+from megatron_fipo.actor.megatron_weights import RELEASE, RUN_STATE, TRACKER, MegatronWeights
+from megatron_fipo.actor.torch_dist_files import FORMAT, METADATA, TorchDistWriter
 from megatron_fipo.config import require
 from megatron_fipo.parallel import ParallelLayout
 from megatron_fipo.weights.architecture import (
@@ -34,6 +35,7 @@ from megatron_fipo.weights.source import is_finite
 from megatron_fipo.weights.stored_names import extra_states, places_to_write
 
 CHECKPOINT_VERSION = 3.0  # Megatron-LM's, since 2020
+LARGEST_MULTIPLE = 2**20  # rows that padding the vocabulary may cost
 
 Advance = Callable[[int, int], None]
 """Called with how many tensors are done, and of how many."""
@@ -57,7 +59,9 @@ def hf_to_megatron(
     arch, weights = read_architecture(hf_dir), HFWeights(hf_dir)
     require(tp_size >= 1, "--tensor-model-parallel-size", tp_size, ">= 1")
     check_layout(arch, ParallelLayout(tp=tp_size, etp=tp_size, sequence_parallel=True))
-    require(vocab_divisible_by >= 1, "--make-vocab-size-divisible-by", vocab_divisible_by, ">= 1")
+    flag = "--make-vocab-size-divisible-by"
+    require(1 <= vocab_divisible_by <= LARGEST_MULTIPLE, flag, vocab_divisible_by, f">= 1 and <= {LARGEST_MULTIPLE}")
+    _require_outside(Path(save_dir))
     check_hf_shapes(arch, weights)
     dtype = dtype or single_dtype(weights, hf_shapes(arch))
     padded_vocab = padded_vocab_size(arch.vocab_size, tp_size, vocab_divisible_by)
@@ -69,7 +73,7 @@ def hf_to_megatron(
         try:
             for done, name in enumerate(ordered, start=1):
                 tensor = shard_from_hf(name, arch, weights, tp_rank=0, tp_size=1, padded_vocab=padded_vocab)
-                tensor = _checked(f"{shown(weights.directory)}: {name}", tensor).to(dtype)
+                tensor = _converted(f"{shown(weights.directory)}: {name}", tensor, dtype)
                 for place in places_to_write(name, arch):
                     writer.add(place.key, tensor, place.index, place.stack)
                 advance(done, len(ordered))
@@ -92,24 +96,36 @@ def megatron_to_hf(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 4 * 2**30,
     advance: Advance = lambda done, total: None,
-) -> None:
-    """Write the model in the torch_dist directory `checkpoint` as the Hugging Face directory `save_dir`.
+) -> str | None:
+    """Write the model in the torch_dist directory `checkpoint` as the Hugging Face directory `save_dir`. Returns what
+    the user should know of it.
 
     Configuration and tokenizer are those of `hf_dir`, whose weights are not looked at. `dtype` None: the checkpoint's
     own. Raises ValueError listing what the checkpoint and `hf_dir`/config.json do not agree on, and as
     `write_hf_checkpoint` does.
     """
     arch = read_architecture(hf_dir)
+    _require_outside(Path(save_dir))
     weights = MegatronWeights(checkpoint, arch)
     wanted = dtype or single_dtype(weights, hf_shapes(arch))
 
     def stream() -> Iterator[tuple[str, Tensor]]:
         total = len(weights.names)
         for done, (name, tensor) in enumerate(weights.hf_tensors(), start=1):
-            yield name, _checked(f"{shown(checkpoint)}: {name}", tensor).to(wanted)
+            yield name, _converted(f"{shown(checkpoint)}: {name}", tensor, wanted)
             advance(done, total)
 
     write_hf_checkpoint(save_dir, hf_dir, checked_stream(arch, stream()), max_shard_bytes=max_shard_bytes)
+    return weights.note
+
+
+def verify_run(checkpoint: Path, advance: Advance = lambda done, total: None) -> None:
+    """Compare a run's checkpoint with its manifest, a file at a time; elsewhere there is none.
+
+    Raises CheckpointError naming a file that is not as it was written.
+    """
+    if (checkpoint / RUN_STATE).is_file():
+        verify_checkpoint(checkpoint, advance=advance)
 
 
 def single_dtype(weights: HFWeights | MegatronWeights, names: Any) -> torch.dtype:
@@ -156,10 +172,24 @@ def _common_state(
     }
 
 
-def _checked(name: str, tensor: Tensor) -> Tensor:
+def _converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if not is_finite(tensor):
         raise CheckpointError(f"{name} holds a number that is not finite: a model with it answers nothing")
-    return tensor
+    converted = tensor.to(dtype)
+    if not is_finite(converted):
+        largest = max(abs(float(bound)) for bound in tensor.aminmax())
+        short = str(dtype).removeprefix("torch.")
+        raise CheckpointError(f"{name} holds {largest:g}, but --dtype {short} ends at {torch.finfo(dtype).max:g}")
+    return converted
+
+
+def _require_outside(save_dir: Path) -> None:
+    """Raise ValueError where `save_dir` lies in a checkpoint, which would no longer be whole."""
+    for directory in save_dir.resolve().parents:
+        if (directory / FORMAT).is_file() and (directory / METADATA).is_file():
+            raise ValueError(
+                f"--save {shown(save_dir)} lies inside the checkpoint {shown(directory)}, but must lie outside of it"
+            )
 
 
 def _write_aside(save_dir: Path, write: Callable[[Path], None]) -> None:

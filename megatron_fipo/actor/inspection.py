@@ -20,10 +20,10 @@ from megatron_fipo.actor.checkpoint_files import (
     read_run_state,
     verify_checkpoint,
 )
-from megatron_fipo.actor.checkpoint_reading import CheckpointError, kind_of, read_json, shown
+from megatron_fipo.actor.checkpoint_reading import CheckpointError, kind_of, shown
 from megatron_fipo.actor.megatron_weights import TRACKER, find_megatron_checkpoint
 from megatron_fipo.actor.torch_dist_files import FORMAT, StoredTensors, read_common
-from megatron_fipo.weights.architecture import read_architecture
+from megatron_fipo.weights.architecture import read_architecture, read_config
 from megatron_fipo.weights.hf_files import INDEX_NAME, SAFETENSORS_DTYPES, SINGLE_NAME, HFWeights, check_hf_shapes
 from megatron_fipo.weights.source import is_finite
 from megatron_fipo.weights.stored_names import EXTRA_STATE, OPTIMIZER_KEY
@@ -97,7 +97,7 @@ def _inspect_hf(path: Path, verify: bool, advance: Callable[[int, int], None]) -
     found = Inspection("Hugging Face model", shown(path), total_bytes=_size_of(path))
     arch = None
     try:
-        quantization = read_json(path / "config.json").get("quantization_config")
+        quantization = read_config(path).get("quantization_config")
         if quantization is None:
             arch = read_architecture(path)
             found.holds["architecture"] = {
@@ -154,12 +154,17 @@ def _inspect_torch_dist(path: Path, directory: Path, verify: bool, advance: Call
         return found
     if (directory / MANIFEST).is_file() or is_run:
         try:
-            verify_checkpoint(directory)
+            verify_checkpoint(directory, advance=advance)
             found.verified = "every file has the size and the SHA-256 of the manifest"
         except CheckpointError as error:
             found.problems.append(str(error))
     else:
         _read_all(found, stored.read, advance)
+        for key in moments:
+            try:
+                stored.check(key)
+            except CheckpointError as error:
+                found.problems.append(str(error))
     return found
 
 
@@ -185,12 +190,13 @@ def _look_at_settings(found: Inspection, directory: Path, stored: StoredTensors,
         return
     found.iteration = state["step"]
     trainer = state["trainer"] if isinstance(state["trainer"], dict) else {}
-    collector = trainer.get("collector") or {}
+    collector = trainer.get("collector")
+    waiting = collector.get("waiting") if isinstance(collector, dict) else None
     found.holds["run state"] = {
         "layout": state["layout"],
         "score": state.get("score"),
         "updates": trainer.get("num_updates"),
-        "groups waiting": len(collector.get("waiting", [])) if isinstance(collector, dict) else None,
+        "groups waiting": len(waiting) if isinstance(waiting, list) else None,
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,20 +18,12 @@ from megatron_fipo.actor.checkpoint_loading import load_sharded
 from megatron_fipo.actor.megatron_weights import MegatronWeights
 from megatron_fipo.actor.model import transformer_config
 from megatron_fipo.actor.setup import initialize_model_parallel, shut_down
-from megatron_fipo.data.tokenizer import load_tokenizer
 from megatron_fipo.parallel import ParallelLayout
 from megatron_fipo.weights.architecture import Architecture, read_architecture, to_gpt_model_fields
 from megatron_fipo.weights.mapping import EMBEDDING
 from megatron_fipo.weights.stored_names import places_to_write
 
 TIMEOUT_MINUTES = 10
-MAX_TOKENS = 512
-TEXT = (
-    "A lighthouse keeper counts ships for a living. On Monday she sees 17 of them, on Tuesday twice as many, and on "
-    "Wednesday a storm keeps all but 5 in the harbour. How many has she seen by Thursday morning? Let us add them up: "
-    "17 + 34 = 51, and 51 + 5 = 56. So the answer is 56. Der Leuchtturmwärter schreibt es in sein Buch; "
-    "def total(ships): return sum(ships)  # 56\n今天有五十六艘船。"
-)
 
 
 @dataclass(frozen=True)
@@ -43,12 +35,11 @@ class LogitDelta:
     max_kl: float  # of a token's distribution, nats; from the Hugging Face model's to Megatron's
 
 
-def compare_logits(hf_dir: str | Path, checkpoint: Path, text: str = TEXT) -> LogitDelta:
+def compare_logits(hf_dir: str | Path, checkpoint: Path, token_ids: Sequence[int]) -> LogitDelta:
     """Run the model in `hf_dir` in transformers, then the one in the torch_dist directory `checkpoint` in megatron-core
-    (its local layers), both in fp32 on the CPU, on the first 512 tokens of `text`. The patches must be in force."""
-    tokens = torch.tensor(load_tokenizer(str(hf_dir)).encode(text)[:MAX_TOKENS])
+    (its local layers), both in fp32 on the CPU, on `token_ids`. The patches must be in force."""
+    tokens = torch.tensor(token_ids)
     arch = read_architecture(hf_dir)
-    tokens = tokens[: arch.max_position_embeddings]
     theirs = hf_logits(hf_dir, tokens)
     ours = megatron_logits(checkpoint, arch, tokens)
     expected, found = theirs.double().log_softmax(-1), ours.double().log_softmax(-1)
@@ -62,17 +53,21 @@ def hf_logits(hf_dir: str | Path, tokens: Tensor) -> Tensor:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32, local_files_only=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        hf_dir, dtype=torch.float32, local_files_only=True, experts_implementation="eager"
+    ).eval()
     with torch.no_grad():
         return model(tokens[None]).logits[0].float()
 
 
 def megatron_logits(checkpoint: Path, arch: Architecture, tokens: Tensor) -> Tensor:
     """[L, V] fp32, of megatron-core's model in a job of this process alone."""
-    padded_vocab = MegatronWeights(checkpoint, arch).stored.shape(places_to_write(EMBEDDING, arch)[0].key)[0]
+    stored = MegatronWeights(checkpoint, arch).stored
+    padded_vocab = stored.shape(places_to_write(EMBEDDING, arch)[0].key)[0]
+    keys = {"non_homogeneous_layers": any(key.startswith("decoder.layers.0.") for key in stored.tensors)}
     with _alone() as layout:
         model = plain_model(arch, layout, padded_vocab)
-        state = {"model": model.sharded_state_dict()}
+        state = {"model": model.sharded_state_dict(metadata=keys)}
         loaded = load_sharded(state, checkpoint, dist.distributed_c10d._get_default_group(), is_foreign=True)
         model.load_state_dict(loaded["model"])
         return full_logits(model, tokens)[:, : arch.vocab_size]

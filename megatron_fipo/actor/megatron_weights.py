@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import types
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -110,6 +111,8 @@ class MegatronWeights:
     def settings_differences(self) -> list[str]:
         """What the checkpoint says of its model against the architecture."""
         path = shown(self.directory / COMMON)
+        if self.settings is None:
+            return []
         if isinstance(self.settings, argparse.Namespace):
             return argument_differences(self.arch, vars(self.settings), f"{path}: args")
         wanted = asdict(self.arch)
@@ -118,6 +121,16 @@ class MegatronWeights:
             for name, found in self.settings.items()
             if name in wanted and name != "dtype" and found != wanted[name]
         ]
+
+    @property
+    def note(self) -> str | None:
+        """What a user should know who takes the model from here."""
+        if self.settings is not None:
+            return None
+        return (
+            f"{shown(self.directory)} says nothing of its model (no args): only names and shapes were compared with "
+            "config.json; RoPE, norms and the experts' router are taken from there"
+        )
 
     def megatron_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter, whole, under its canonical name, in the order of the model."""
@@ -185,14 +198,26 @@ class MegatronWeights:
         return differences
 
 
-def read_settings(stored: StoredTensors) -> argparse.Namespace | Mapping[str, Any]:
-    """What a checkpoint says of its model: Megatron-LM's `args`, or the `model` of a run's state; else nothing."""
+def read_settings(stored: StoredTensors) -> argparse.Namespace | Mapping[str, Any] | None:
+    """What a checkpoint says of its model: Megatron-LM's `args`, or the `model` of a run's state; None: nothing.
+
+    Raises CheckpointError for what is there and is neither.
+    """
     run_state = stored.directory / RUN_STATE
     if run_state.is_file():
         model = read_json(run_state).get("model")
-        return model if isinstance(model, dict) else {}
+        if not isinstance(model, dict):
+            raise CheckpointError(f"{shown(run_state)} says model {ascii(model)[:100]}, but must say an object")
+        return model
     args = read_common(stored).get("args")
-    return args if isinstance(args, argparse.Namespace) else {}
+    if args is None or isinstance(args, argparse.Namespace):
+        return args
+    if not isinstance(args, dict | types.SimpleNamespace):
+        kind = type(args).__name__
+        raise CheckpointError(f"{shown(stored.directory / COMMON)}: args is a {kind}, but must be a Namespace")
+    found = argparse.Namespace()
+    vars(found).update(args if isinstance(args, dict) else vars(args))
+    return found
 
 
 def _place_in_model(name: str) -> tuple[int, int, str]:

@@ -85,6 +85,7 @@ class StoredTensors:
         described = self._metadata.state_dict_metadata
         self.tensors = {key: v for key, v in described.items() if isinstance(v, TensorStorageMetadata)}
         self.objects = sorted(key for key, v in described.items() if isinstance(v, BytesStorageMetadata))
+        self._checked: set[tuple[Path, int]] = set()  # the pieces whose sums were compared
         self._pieces: dict[tuple[str, int], dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -124,6 +125,11 @@ class StoredTensors:
         assert whole is not None, f"{key} at {lead}: the metadata was checked to have all pieces"
         return whole
 
+    def check(self, key: str) -> None:
+        """Read the tensor `key` piece by piece, and keep none."""
+        for piece in self.tensors[key].chunks:
+            self._read_piece(key, piece)
+
     def read_object(self, key: str) -> Any:
         """An object that lies among the tensors: plain data, tensors and `Inert` values."""
         place = self._metadata.storage_data[MetadataIndex(key)]
@@ -148,7 +154,9 @@ class StoredTensors:
         path = self.directory / place.relative_path
         name = f"{key} in {shown(path)}"
         with self._opened(path, key, place.offset + place.length) as stream:
-            tensor = load_tensors(FilePart(stream, place.offset, place.length), place.length, name)
+            part = FilePart(stream, place.offset, place.length)
+            tensor = load_tensors(part, place.length, name, check_sums=(path, place.offset) not in self._checked)
+            self._checked.add((path, place.offset))
         if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_quantized:
             raise CheckpointError(f"{name} is no plain tensor")
         if tuple(tensor.shape) != tuple(piece.sizes) or tensor.dtype != self.dtype(key):
@@ -200,7 +208,7 @@ def read_plain(content: bytes, name: str) -> Any:
                 f"{name} holds {ascii(found)[1:-1][:200]}, which is no part of a checkpoint's settings"
             )
     with torch.serialization.safe_globals(known):
-        return load_tensors(io.BytesIO(content), len(content), name)
+        return load_tensors(io.BytesIO(content), len(content), name, check_sums=True)
 
 
 class TorchDistWriter:
@@ -238,7 +246,8 @@ class TorchDistWriter:
     def finish(self, common: dict[str, Any]) -> None:
         """Write what is no tensor, and the description, last."""
         self._close()
-        torch.save(common, self.directory / COMMON)
+        with (self.directory / COMMON).open("xb") as file:
+            _save(common, file)
         (self.directory / FORMAT).write_text(
             json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
         )
@@ -256,13 +265,7 @@ class TorchDistWriter:
             self._file = (self.directory / f"__0_{self._num_files}.distcp").open("xb")
             self._num_files += 1
         start = self._file.tell()
-        watched = _FirstError(self._file)
-        try:
-            torch.save(value, watched)
-        except RuntimeError:
-            if watched.error is not None:
-                raise watched.error from None  # torch says of a failed write only that it failed
-            raise
+        _save(value, self._file)
         length = self._file.tell() - start
         name = Path(self._file.name).name
         self._metadata.storage_data[index] = _StorageInfo(name, start, length)
@@ -274,12 +277,22 @@ class TorchDistWriter:
         self.close()
 
 
+def _save(value: Any, file: BinaryIO) -> None:
+    watched = _FirstError(file)
+    try:
+        torch.save(value, watched)
+    except RuntimeError:
+        if watched.error is not None:
+            raise watched.error from None  # torch says of a failed write only that it failed
+        raise
+
+
 class _FirstError(io.RawIOBase):
-    """A file that remembers why a write to it failed."""
+    """A file that remembers why a write to it failed: an OSError, or the user's interruption."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self.error: OSError | None = None
+        self.error: OSError | KeyboardInterrupt | None = None
 
     def writable(self) -> bool:
         return True
@@ -287,7 +300,7 @@ class _FirstError(io.RawIOBase):
     def write(self, data: Any) -> int:
         try:
             return self._file.write(data)
-        except OSError as error:
+        except (OSError, KeyboardInterrupt) as error:
             self.error = self.error or error
             raise
 

@@ -198,6 +198,7 @@ def write_hf_checkpoint(
         raise ValueError(f"the export directory {save_dir} cannot be written: {error}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        _end_replacement(aside, save_dir)
 
 
 def _find_files(directory: Path) -> list[Path]:
@@ -362,17 +363,18 @@ def _commit(aside: Path, save_dir: Path) -> None:
     for path in aside.iterdir():
         _sync(path)
     if save_dir.exists():
-        replaced = aside.with_suffix(".replaced")
-        save_dir.rename(replaced)
-        try:
-            aside.rename(save_dir)
-        except OSError:
-            replaced.rename(save_dir)
-            raise
-        shutil.rmtree(replaced)
-    else:
-        aside.rename(save_dir)
+        save_dir.rename(aside.with_suffix(".replaced"))
+    aside.rename(save_dir)
     _sync(save_dir.parent)
+
+
+def _end_replacement(aside: Path, save_dir: Path) -> None:
+    """The earlier export goes when another has its name, and gets it back when none has, however this came about."""
+    replaced = aside.with_suffix(".replaced")
+    if save_dir.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+    elif replaced.exists():
+        replaced.rename(save_dir)
 
 
 def _sync(path: Path) -> None:

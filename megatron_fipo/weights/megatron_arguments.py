@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from megatron_fipo.weights.architecture import Architecture
 
 NEUTRAL_ARGUMENTS: dict[str, tuple[object, ...]] = {
@@ -87,6 +89,7 @@ def argument_differences(arch: Architecture, arguments: Mapping[str, Any], where
     Arguments that the checkpoint's version of Megatron-LM did not have, or left None, say nothing.
     """
     wanted = to_arguments(arch)
+    arguments = {name: value.tolist() if isinstance(value, Tensor) else value for name, value in arguments.items()}
     if arch.num_moe_experts:
         wanted.pop("ffn_hidden_size")  # of a dense layer, of which there is none: Megatron-LM has its own default
     if not arguments.get("group_query_attention"):
