@@ -8,10 +8,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from megatron_fipo.config import (
     LOSS_SETTINGS,
@@ -132,11 +131,16 @@ class Settings:
         return self.data.eval_max_response_len or self.rollout.rollout_max_response_len
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
+Preview = Callable[["Settings"], tuple[tuple[str, ...], tuple[str, ...]]]
+"""What a start would refuse, and what it would note; megatron_fipo.preview has it."""
+
+
+def parse_arguments(argv: Sequence[str] | None = None, preview: Preview | None = None) -> Settings:
     """The settings that a command line asks for (default: this process's own arguments).
 
     Raises ValueError with one line for the user: the flag, the value found, the value wanted. `--help`,
-    `--help-megatron`, `--help-sglang` and `--print-config` print, on the first rank only, and raise SystemExit(0).
+    `--help-megatron`, `--help-sglang` and `--print-config` print, on the first rank only, and raise SystemExit(0);
+    `--print-config` raises ValueError, after that, for all that a start would refuse, as `preview` finds it.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     options = all_options()
@@ -152,7 +156,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
     given, notes = read_arguments(words, options)
     settings = settings_from(given, notes)
     if "command.print_config" in given:  # also of settings that lack the model or the data
-        _print_and_stop(config_text(_compared(settings)))
+        _print_checked(settings, preview)
     model, data = settings.run.hf_checkpoint, settings.data
     require(bool(model), "--hf-checkpoint", model, "the directory of a Hugging Face model")
     has_prompts = data.task is not None or data.prompt_data is not None
@@ -173,20 +177,14 @@ def architecture_differences(megatron: MegatronSettings, arch: Architecture) -> 
     return contradictions({**megatron.transformer, **megatron.model}, derived)
 
 
-def _compared(settings: Settings) -> Settings:
-    """The settings, after the flags of the architecture were compared with the checkpoint, where that is at hand."""
-    directory = settings.run.hf_checkpoint
-    if not directory:
-        return settings
-    if not Path(directory, "config.json").is_file():
-        note = f"{directory} holds no config.json: flags of the architecture were not compared with it"
-        return dataclasses.replace(settings, notes=(*settings.notes, note))
-    from megatron_fipo.weights.architecture import read_architecture  # imports torch
-
-    differences = architecture_differences(settings.megatron, read_architecture(directory))
-    if differences:
-        raise ValueError("; ".join(differences))
-    return settings
+def _print_checked(settings: Settings, preview: Preview | None) -> NoReturn:
+    """Print the settings and what a start would say of them. Raises ValueError for what it would refuse."""
+    problems, notes = preview(settings) if preview is not None else ((), ())
+    if _is_first_rank():
+        print(config_text(dataclasses.replace(settings, notes=(*settings.notes, *notes))), flush=True)
+    if problems:
+        raise ValueError("; ".join(problems))
+    raise SystemExit(0)
 
 
 def settings_from(given: Mapping[str, Given], notes: Sequence[str] = ()) -> Settings:
@@ -372,8 +370,12 @@ def _shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _print_and_stop(text: str) -> None:
+def _print_and_stop(text: str) -> NoReturn:
     """Print on the first rank of torchrun or Slurm, or when there is but one process; then stop."""
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+    if _is_first_rank():
         print(text)
     raise SystemExit(0)
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"

@@ -53,31 +53,12 @@ def check_run(settings: Settings, environment: Mapping[str, str]) -> Checked:
     Raises ValueError naming flag, file or variable.
     """
     rank, world_size = ranks_from_environment(environment)
-    megatron = settings.megatron
-    num_layers = read_architecture(settings.run.hf_checkpoint).num_layers
-    layout = ParallelLayout.for_world(
-        world_size,
-        rank,
-        tp=megatron.tensor_model_parallel_size,
-        pp=megatron.pipeline_model_parallel_size,
-        cp=megatron.context_parallel_size,
-        sequence_parallel=megatron.sequence_parallel,
-        vpp=megatron.virtual_stages(num_layers),
-        ep=megatron.expert_model_parallel_size,
-        etp=megatron.expert_tensor_parallel_size,
-    )
+    layout = layout_of(settings, world_size, rank, read_architecture(settings.run.hf_checkpoint).num_layers)
     device = choose_device(settings.megatron.device)
-    _check_pipeline_overlap(settings, layout, device)
-    nccl_buffers = settings.megatron.ddp.get("nccl_ub", False)
-    require(device.type == "cuda" or not nccl_buffers, "--use-nccl-ub", True, "absent where there is no CUDA device")
+    check_device_flags(settings, layout, device)
     arch, weights = check_checkpoint(settings, layout)
-    _check_directories(settings)
-    require(
-        settings.run.wandb_project is None or importlib.util.find_spec("wandb") is not None,
-        "--wandb-project",
-        settings.run.wandb_project,
-        "absent where the package wandb is not installed: pip install wandb",
-    )
+    check_directories(settings)
+    check_wandb(settings)
     if settings.correction.custom_loss_function_path is not None:
         load_custom_loss(settings.correction.custom_loss_function_path)
     transformer_impl = choose_transformer_impl(settings, device)
@@ -88,6 +69,39 @@ def check_run(settings: Settings, environment: Mapping[str, str]) -> Checked:
     if settings.engine.fp8_weights:
         check_fp8_engines(arch, settings.engine.tp_size, machine)
     return Checked(layout, device, transformer_impl, arch, weights)
+
+
+def layout_of(settings: Settings, world_size: int, rank: int, num_layers: int) -> ParallelLayout:
+    """The layout of `world_size` ranks. Raises ValueError naming the flags where they do not divide that."""
+    megatron = settings.megatron
+    return ParallelLayout.for_world(
+        world_size,
+        rank,
+        tp=megatron.tensor_model_parallel_size,
+        pp=megatron.pipeline_model_parallel_size,
+        cp=megatron.context_parallel_size,
+        sequence_parallel=megatron.sequence_parallel,
+        vpp=megatron.virtual_stages(num_layers),
+        ep=megatron.expert_model_parallel_size,
+        etp=megatron.expert_tensor_parallel_size,
+    )
+
+
+def check_device_flags(settings: Settings, layout: ParallelLayout, device: torch.device) -> None:
+    """Raise ValueError naming a flag that trains wrongly, or does nothing, on this kind of device."""
+    _check_pipeline_overlap(settings, layout, device)
+    nccl_buffers = settings.megatron.ddp.get("nccl_ub", False)
+    require(device.type == "cuda" or not nccl_buffers, "--use-nccl-ub", True, "absent where there is no CUDA device")
+
+
+def check_wandb(settings: Settings) -> None:
+    """Raise ValueError where the run is to be logged with a package that is missing."""
+    require(
+        settings.run.wandb_project is None or importlib.util.find_spec("wandb") is not None,
+        "--wandb-project",
+        settings.run.wandb_project,
+        "absent where the package wandb is not installed: pip install wandb",
+    )
 
 
 def ranks_from_environment(environment: Mapping[str, str]) -> tuple[int, int]:
@@ -291,7 +305,7 @@ def _check_pipeline_overlap(settings: Settings, layout: ParallelLayout, device: 
     )
 
 
-def _check_directories(settings: Settings) -> None:
+def check_directories(settings: Settings) -> None:
     """What is to be read exists, and what is to be written can be, without writing over anything."""
     run, rollout = settings.run, settings.rollout
     for flag, directory in (("--load", run.load), ("--save", run.save)):

@@ -25,6 +25,7 @@ from megatron_fipo.sheltered import ASKING
 
 FIRST_SIGNAL_STATUS = 128
 LEFT_TO_TORCHRUN = "SIGQUIT"
+PROGRAM = "megatron_fipo.train"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from megatron_fipo.slurm_submit import main as submit_job
 
         return submit_job(words[1:])
+    program = words.index(PROGRAM) if PROGRAM in words else len(words)
+    if "--print-config" in words[program:]:
+        return _preview(words)
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -59,6 +63,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SignalException as error:
         return FIRST_SIGNAL_STATUS + error.sigval
     return 0
+
+
+def _preview(words: Sequence[str]) -> int:
+    """`--print-config`: the program once, in this process, told of as many ranks as the start would have."""
+    from torch.distributed.run import determine_local_world_size, parse_args
+
+    from megatron_fipo.train import main as train
+
+    arguments = parse_args(list(words))
+    try:
+        per_node = determine_local_world_size(arguments.nproc_per_node)
+    except ValueError:  # "gpu", and there is none here
+        return train(arguments.training_script_args)
+    most_nodes = int(str(arguments.nnodes).rpartition(":")[2])
+    ranks = {"RANK": 0, "WORLD_SIZE": most_nodes * per_node, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": per_node}
+    os.environ.update({name: str(value) for name, value in ranks.items()})
+    return train(arguments.training_script_args)
 
 
 def _pass_on(number: int, frame: FrameType | None) -> None:

@@ -81,24 +81,32 @@ def open_problems(settings: Settings) -> Problems:
     or file: unusable data, no tokenizer, no such reward, prompts that are too long where that is an error.
     """
     data = settings.data
+    source, held_out, encoder, notes = read_problems(settings)
+    return Problems(
+        source,
+        held_out,
+        encoder.tokenizer,
+        GraderPool(reward_name(data), timeout_s=data.reward_timeout_s, memory_bytes=data.reward_memory_mb * 2**20),
+        encoder,
+        settings.rollout.rollout_max_prompt_len,
+        data.on_long_prompt,
+        notes,
+    )
+
+
+def read_problems(
+    settings: Settings,
+) -> tuple[ProblemSource, dict[str, list[Problem]], PromptEncoder, tuple[str, ...]]:
+    """What `open_problems` finds before it starts the graders: source, held_out, encoder and notes of `Problems`."""
+    data = settings.data
     source, held_out, notes = make_sources(data, settings.run.seed)
-    reward = reward_name(data)
-    require_ground_truths(reward, source, held_out)
+    require_ground_truths(reward_name(data), source, held_out)
     tokenizer = load_tokenizer(settings.run.hf_checkpoint)
     encoder = PromptEncoder(tokenizer, PromptFormat(data.apply_chat_template, data.prompt_template, data.system_prompt))
     length_notes = check_prompts(
         encoder, source, held_out, settings.rollout.rollout_max_prompt_len, data.on_long_prompt
     )
-    return Problems(
-        source,
-        held_out,
-        tokenizer,
-        GraderPool(reward, timeout_s=data.reward_timeout_s, memory_bytes=data.reward_memory_mb * 2**20),
-        encoder,
-        settings.rollout.rollout_max_prompt_len,
-        data.on_long_prompt,
-        (*notes, *length_notes),
-    )
+    return source, held_out, encoder, (*notes, *length_notes)
 
 
 def require_ground_truths(reward: str, source: ProblemSource, held_out: Mapping[str, Sequence[Problem]]) -> None:

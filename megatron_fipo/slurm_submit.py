@@ -78,8 +78,11 @@ def check_program(job: SlurmJob) -> None:
         return
     from megatron_fipo.arguments import parse_arguments
     from megatron_fipo.parallel import ParallelLayout
+    from megatron_fipo.preview import preview
 
-    megatron = parse_arguments(job.program[2:]).megatron
+    ranks = {"RANK": 0, "WORLD_SIZE": job.nodes * job.ranks_per_node, "LOCAL_WORLD_SIZE": job.ranks_per_node}
+    environment = {name: str(value) for name, value in ranks.items()}
+    megatron = parse_arguments(job.program[2:], lambda settings: preview(settings, environment)).megatron
     ParallelLayout.for_world(
         job.nodes * job.ranks_per_node,
         0,

@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None, *, ends_process: bool = False) 
             end_with_parent(launcher=int(launcher) if launcher.isdecimal() else None)
         try:
             try:
-                settings = parse_arguments(arguments)
+                settings = parse_arguments(arguments, _preview)
                 _check_started(os.environ)
             except ValueError as error:
                 signals.ending()
@@ -89,6 +89,12 @@ def main(arguments: Sequence[str] | None = None, *, ends_process: bool = False) 
             if (failure := _rendezvous_failure(error)) is not None:
                 return _fail(failure, RUN_FAILED, _is_zero("LOCAL_RANK", "SLURM_LOCALID"))
             raise
+
+
+def _preview(settings: Settings) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    from megatron_fipo.preview import preview
+
+    return preview(settings, os.environ)
 
 
 def _checked_run(settings: Settings, signals: Signals, is_rank_zero: bool) -> int:

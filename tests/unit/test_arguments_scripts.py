@@ -4,7 +4,6 @@ mean."""
 from __future__ import annotations
 
 import difflib
-import json
 import re
 import subprocess
 from pathlib import Path
@@ -261,47 +260,6 @@ def test_the_pair_differs_in_the_entry_point_and_one_array(tmp_path: Path) -> No
     settings = parse_arguments(program_words(after, tmp_path))
     assert settings.batch.global_batch_size == 256
     assert len(settings.notes) == len({note.split()[0] for note in settings.notes}) == 13
-
-
-QWEN2 = {
-    "model_type": "qwen2",
-    "architectures": ["Qwen2ForCausalLM"],
-    "vocab_size": 259,
-    "hidden_size": 36,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 6,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-}
-
-
-def test_printing_the_settings_compares_the_architecture_where_the_checkpoint_is_at_hand(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("RANK", raising=False)
-    (tmp_path / "config.json").write_text(json.dumps(QWEN2), encoding="utf-8")
-    base = ["--hf-checkpoint", str(tmp_path), "--print-config", "--num-layers", "4", "--rotary-base", "1000000"]
-    heads = ["--group-query-attention", "--num-query-groups", "6"]  # as many groups as heads are no contradiction
-    with pytest.raises(SystemExit):
-        parse_arguments([*base, *heads, "--add-qkv-bias", "--max-position-embeddings", "30000"])
-    assert "note: " not in capsys.readouterr().out
-    with pytest.raises(ValueError) as raised:
-        parse_arguments([*base, "--hidden-size", "64", "--qk-layernorm", "--max-position-embeddings", "65536"])
-    differences = str(raised.value).split("; ")
-    assert [difference.split()[0] for difference in differences] == [
-        "--hidden-size",
-        "--max-position-embeddings",
-        "--qk-layernorm",
-    ]
-    assert differences[0] == "--hidden-size is 64, but the checkpoint's config.json says 36"
-    with pytest.raises(SystemExit):
-        parse_arguments(["--hf-checkpoint", str(tmp_path / "nowhere"), "--print-config", "--hidden-size", "64"])
-    assert "holds no config.json: flags of the architecture were not compared" in capsys.readouterr().out
 
 
 def test_the_guide_names_flags_that_exist() -> None:
