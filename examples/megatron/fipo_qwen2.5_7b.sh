@@ -108,6 +108,7 @@ FIPO_ARGS=(
     --rollout-max-response-len 7168
     --overlong-buffer-len 2048
     --max-tokens-per-micro-batch 16384
+    --sglang-mem-fraction-static 0.7
     --train-iters 200
     --lr 1e-6
     --lr-warmup-iters 10

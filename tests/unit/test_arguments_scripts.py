@@ -12,6 +12,7 @@ import pytest
 
 from megatron_fipo.arguments import Settings, parse_arguments
 from megatron_fipo.flags.table import all_options
+from megatron_fipo.plan_arguments import parse_plan, plan_given_layout
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples" / "megatron"
@@ -262,10 +263,18 @@ def test_the_pair_differs_in_the_entry_point_and_one_array(tmp_path: Path) -> No
     assert len(settings.notes) == len({note.split()[0] for note in settings.notes}) == 13
 
 
+def test_the_pair_fits_8_gpus_of_80_gib(tmp_path: Path) -> None:
+    script = (EXAMPLES / "fipo_qwen2.5_7b.sh").read_text(encoding="utf-8")
+    model = Path(__file__).with_name("recipe_models") / "Qwen2.5-Math-7B-32k"
+    words = program_words(script, tmp_path, "--hf-checkpoint", str(model), "--rotary-base", "10000")
+    planned = plan_given_layout(parse_plan([*words, "--nodes", "1", "--gpus-per-node", "8", "--gpu-memory-gib", "80"]))
+    assert planned.plan.problems == ()
+
+
 def test_the_guide_names_flags_that_exist() -> None:
     known = {flag for option in all_options() for flag in option.flags}
     from megatron_fipo.flags.megatron_lm_names import MEGATRON_LM_FLAGS
 
-    launchers = {"--nproc_per_node", "--slurm"}
+    launchers = {"--nproc_per_node", "--slurm", "--nodes", "--gpus-per-node"}  # or of tools/plan.py
     for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]*", GUIDE.read_text(encoding="utf-8"))):
         assert flag in known | MEGATRON_LM_FLAGS | launchers, flag

@@ -141,7 +141,7 @@ def test_flags_that_agree_with_the_checkpoint_are_no_problem(model: Path) -> Non
 
 LAUNCHERS = {
     "torchrun": ["--nnodes", "2", "--node_rank", "1", "--nproc_per_node", "3"],
-    "slurm": ["--slurm", "--nodes", "2", "--ntasks-per-node", "3"],
+    "slurm": ["--slurm", "--nodes", "2", "--ntasks-per-node", "3", "--no-requeue"],
 }
 
 
