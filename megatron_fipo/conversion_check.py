@@ -67,7 +67,7 @@ def prepare_check(options: argparse.Namespace, hf_dir: str | Path) -> list[int] 
     token_ids = load_tokenizer(str(hf_dir)).encode(text)[: min(MAX_TOKENS, arch.max_position_embeddings)]
     if not token_ids:
         raise ValueError(f"--check has nothing to compare: the tokenizer in {hf_dir} makes no token of the text")
-    known = f"less than vocab_size in its config.json, {arch.vocab_size}"
+    known = f"less than config.json's vocab_size {arch.vocab_size}"
     require(
         max(token_ids) < arch.vocab_size, f"--check: a token id of the tokenizer in {hf_dir}", max(token_ids), known
     )

@@ -165,7 +165,7 @@ def _checkpoint_to_resume(settings: Settings, say: Callable[[str], None]) -> Pat
 
 
 def _verified_start(weights: MegatronWeights) -> list[str]:
-    """Compare a run's checkpoint, given as --pretrained-checkpoint, with its manifest: what to say of it. Collective."""
+    """Compare --pretrained-checkpoint, where it is a run's, with its manifest: what to say of it. Collective."""
     if (weights.directory / RUN_STATE).is_file():
         try:
             verify_checkpoint_together(weights.directory)

@@ -16,6 +16,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from megatron_fipo.actor import pipeline
+from megatron_fipo.actor.checkpoint_files import agreed
 from megatron_fipo.actor.finite_weights import require_finite_weights
 from megatron_fipo.actor.fp8_scaling import DelayedScaling, has_delayed_scaling
 from megatron_fipo.actor.model import build_policy, gather_parameters, transformer_config
@@ -310,7 +311,8 @@ def build_actor(
         logprobs_chunk_size=logprobs_chunk_size,
         device=device,
     )
-    load_hf_weights(chunks, arch, weights, layout, padded_vocab=padded_vocab)
+    # what one rank finds damaged, all of them raise
+    agreed(lambda: load_hf_weights(chunks, arch, weights, layout, padded_vocab=padded_vocab), groups.control)
     reference = copy_weights(chunks) if keep_reference else None
     config.finalize_model_grads_func = finalize_model_grads
     config.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync

@@ -198,6 +198,7 @@ def _write_aside(save_dir: Path, write: Callable[[Path], None]) -> None:
         raise ValueError(f"--save {shown(save_dir)} is there already, but must be absent or an empty directory")
     aside = save_dir.with_name(f".{save_dir.name}.{os.getpid()}.partial")
     try:
+        shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed and had the same number
         (aside / RELEASE).mkdir(parents=True)
         write(aside)
         for path in (*(aside / RELEASE).iterdir(), aside / TRACKER, aside / RELEASE, aside):

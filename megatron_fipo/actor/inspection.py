@@ -31,6 +31,10 @@ from megatron_fipo.weights.stored_names import EXTRA_STATE, OPTIMIZER_KEY
 Kind = Literal["checkpoint of a run", "Megatron-LM checkpoint", "Hugging Face model"]
 SAFETENSORS = SAFETENSORS_DTYPES | {
     "F64": torch.float64,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -39,6 +43,8 @@ SAFETENSORS = SAFETENSORS_DTYPES | {
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "F8_E8M0": torch.float8_e8m0fnu,
 }
 """Dtypes by safetensors' names: a quantised model holds more of them than a run can start from."""
@@ -118,6 +124,9 @@ def _inspect_hf(path: Path, verify: bool, advance: Callable[[int, int], None]) -
         found.problems.append(str(error))
         return found
     for name in weights.names:
+        if weights.dtype_name(name) not in SAFETENSORS:
+            found.problems.append(f"{name} has dtype {weights.dtype_name(name)}, which is not known here")
+            continue
         found.tensors[name] = _described(weights.shape(name), SAFETENSORS[weights.dtype_name(name)])
     _count(found)
     if verify:

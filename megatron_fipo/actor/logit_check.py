@@ -21,7 +21,7 @@ from megatron_fipo.actor.setup import initialize_model_parallel, shut_down
 from megatron_fipo.parallel import ParallelLayout
 from megatron_fipo.weights.architecture import Architecture, read_architecture, to_gpt_model_fields
 from megatron_fipo.weights.mapping import EMBEDDING
-from megatron_fipo.weights.stored_names import places_to_write
+from megatron_fipo.weights.stored_names import EXTRA_STATE, places_to_write
 
 TIMEOUT_MINUTES = 10
 
@@ -67,9 +67,12 @@ def megatron_logits(checkpoint: Path, arch: Architecture, tokens: Tensor) -> Ten
     keys = {"non_homogeneous_layers": any(key.startswith("decoder.layers.0.") for key in stored.tensors)}
     with _alone() as layout:
         model = plain_model(arch, layout, padded_vocab)
-        state = {"model": model.sharded_state_dict(metadata=keys)}
+        wanted = model.sharded_state_dict(metadata=keys)
+        state = {"model": {name: part for name, part in wanted.items() if not name.endswith(EXTRA_STATE)}}
         loaded = load_sharded(state, checkpoint, dist.distributed_c10d._get_default_group(), is_foreign=True)
-        model.load_state_dict(loaded["model"])
+        left = model.load_state_dict(loaded["model"], strict=False)
+        assert not left.unexpected_keys, left
+        assert all(name.endswith(EXTRA_STATE) for name in left.missing_keys), left  # empty where layers are local
         return full_logits(model, tokens)[:, : arch.vocab_size]
 
 

@@ -119,7 +119,7 @@ class MegatronWeights:
         return [
             f"{RUN_STATE} says {name} {found!r}, but config.json makes it {wanted[name]!r}"
             for name, found in self.settings.items()
-            if name in wanted and name != "dtype" and found != wanted[name]
+            if name in wanted and name not in ("dtype", "max_position_embeddings") and found != wanted[name]
         ]
 
     @property

@@ -13,7 +13,7 @@ from megatron_fipo.actor.inspection import find_any_checkpoint
 from megatron_fipo.actor.megatron_weights import MegatronWeights
 from megatron_fipo.actor.torch_dist_files import StoredTensors
 from megatron_fipo.weights.architecture import Architecture, read_architecture
-from megatron_fipo.weights.hf_files import HFWeights
+from megatron_fipo.weights.hf_files import IGNORED, HFWeights
 from megatron_fipo.weights.stored_names import OPTIMIZER_KEY
 
 
@@ -70,13 +70,17 @@ class _Side:
 def _names_and_source(path: Path, arch: Architecture | None) -> _Side:
     if _is_hf(path):
         weights = HFWeights(path)
-        return _Side(set(weights.names), weights.read)
+        return _Side({name for name in weights.names if not _is_superfluous(name, arch)}, weights.read_stored)
     directory = find_any_checkpoint(path)
     if arch is not None:
         model = MegatronWeights(directory, arch)
         return _Side(set(model.names), model.read)
     stored = StoredTensors(directory)
     return _Side({key for key in stored.tensors if not OPTIMIZER_KEY.match(key)}, stored.read)
+
+
+def _is_superfluous(name: str, arch: Architecture | None) -> bool:
+    return bool(IGNORED.fullmatch(name)) or (arch is not None and arch.tied and name == "lm_head.weight")
 
 
 def _is_hf(path: Path) -> bool:
@@ -89,4 +93,4 @@ def _largest_delta(one: Tensor, other: Tensor) -> float:
         return 0.0
     delta = (one.double() - other.double()).abs()
     both = one.isnan() & other.isnan()
-    return float(delta.nan_to_num(nan=float("inf")).masked_fill(both | (one == other), 0.0).max())
+    return float(delta.nan_to_num(nan=float("inf"), posinf=float("inf")).masked_fill(both | (one == other), 0.0).max())

@@ -403,6 +403,7 @@ def _read_rope(path: Path, config: Mapping[str, Any]) -> tuple[float, float | No
     require(partial in (None, 1), f"{where}.partial_rotary_factor", partial, "1: nothing else is supported")
     if rope_type == "default":
         return theta, None
+    rope = rope | {name: config[name] for name in LLAMA3_ROPE if config.get(name) is not None}  # transformers' order
     for name, wanted in LLAMA3_ROPE.items():
         require(rope.get(name) == wanted, f"{where}.{name}", rope.get(name), f"{wanted}: Megatron has it built in")
     return theta, _positive_float(path, rope.get("factor"), f"{field}.factor")

@@ -95,8 +95,8 @@ class HFWeights:
         return self._header(name)[1]
 
     def read_stored(self, name: str) -> Tensor:
-        """The whole tensor, of whatever dtype it is stored in."""
-        return cast(Tensor, self._slice(name)[:])
+        """The whole tensor, of whatever dtype it is stored in, a single number too."""
+        return cast(Tensor, self._file(name).get_tensor(name))
 
     def read(self, name: str) -> Tensor:
         """The whole tensor."""
@@ -119,13 +119,16 @@ class HFWeights:
         return self._headers[name]
 
     def _slice(self, name: str) -> Any:
+        return self._file(name).get_slice(name)
+
+    def _file(self, name: str) -> Any:
         """Its file is mapped into memory until another one is read: what was read of a mapping stays with it."""
         self._header(name)
         path = self._path_of[name]
         if self._open is None or self._open[0] != path:
             self._open = None
             self._open = path, _open_safetensors(path)
-        return self._open[1].get_slice(name)
+        return self._open[1]
 
     def _check_range(self, name: str, dim: int, start: int, stop: int) -> None:
         self.dtype(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from megatron_fipo.actor.checkpoint import save_checkpoint
 from megatron_fipo.actor.megatron_weights import MegatronWeights, find_megatron_checkpoint
 from megatron_fipo.actor.weights import load_hf_weights
 from megatron_fipo.own_state import NOTHING_DONE
+from megatron_fipo.run import _verified_start
 from megatron_fipo.weights.architecture import padded_vocab_size, read_architecture
 from megatron_fipo.weights.hf_files import HFWeights
 
@@ -45,6 +47,16 @@ def start_from(model_dir: str, other_dir: str, checkpoint: str) -> list[str]:
         found.append({name: value.detach().clone() for name, value in actor.chunks[0].named_parameters()})
     one, other = found
     return [name for name in one if not torch.equal(one[name], other[name])]
+
+
+def verified_start(model_dir: str, checkpoint: str) -> str:
+    """What is wrong with a run's checkpoint that another run is to start from, as each rank says it."""
+    make_groups(tp=2)
+    try:
+        _verified_start(MegatronWeights(Path(checkpoint), read_architecture(model_dir)))
+    except ValueError as error:
+        return str(error)
+    return "nothing"
 
 
 def call_tool(tool: str, arguments: list[str]) -> dict[str, Any]:

@@ -119,7 +119,35 @@ def test_changed_bytes_are_found(directories: Path, tmp_path: Path, capsys: pyte
     assert inspected(capsys, tmp_path / "run")[0] == 0, "nothing was hashed"
     status, found = inspected(capsys, tmp_path / "run", "--verify")
     assert status == 1
-    assert found["problems"] == [f"{shard} was changed: its SHA-256 is not the one in the manifest"]
+    message = f"{shard} was changed: its SHA-256 is not the one in the manifest"
+    assert found["problems"] == [message]
+    options = ("--hf-checkpoint", directories / "hf", "--save", tmp_path / "back")
+    assert run("megatron_to_hf", "--load", tmp_path / "run", *options) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+    assert not (tmp_path / "back").exists()
+    (tmp_path / "ranks").mkdir()
+    kwargs = {"model_dir": str(directories / "hf"), "checkpoint": str(tmp_path / "run" / "step_0000002")}
+    told = run_ranks(tmp_path / "ranks", 2, "run_checkpoint_on_ranks:verified_start", kwargs)
+    assert told == [f"--pretrained-checkpoint: {message}"] * 2
+
+
+def test_files_of_a_cache_are_links(directories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "snapshot").mkdir()
+    for path in (directories / "hf").iterdir():
+        (tmp_path / "snapshot" / path.name).symlink_to(path)
+    status, found = inspected(capsys, tmp_path / "snapshot", "--verify")
+    assert (status, found["problems"], found["holds"]["tokenizer"]) == (0, [], True)
+
+
+def test_a_state_of_another_shape_is_no_traceback(
+    directories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(directories / "run", tmp_path / "run")
+    path = tmp_path / "run" / "step_0000002" / "run_state.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps(state | {"trainer": {"collector": {"waiting": 5}}}))
+    status, found = inspected(capsys, tmp_path / "run")
+    assert (status, found["holds"]["run state"]["groups waiting"]) == (0, None)
 
 
 @pytest.mark.parametrize("what", ["truncated", "missing"])
@@ -163,10 +191,19 @@ def test_a_quantised_model_is_told_as_such(
     shutil.copytree(directories / "hf", tmp_path / "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
-    save_file({"w": torch.ones(2, 3).to(torch.float8_e4m3fn)}, tmp_path / "hf" / "model.safetensors")
+    tensors = {
+        "w": torch.ones(2, 3).to(torch.float8_e4m3fn),
+        "scale": torch.tensor(2.0),
+        "u": torch.ones(2).to(torch.uint16),
+    }
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
     status, found = inspected(capsys, tmp_path / "hf", "--verify")
     assert (status, found["problems"], found["holds"]["quantization"]) == (0, [], {"quant_method": "fp8"})
-    assert found["tensors"] == {"w": {"shape": [2, 3], "dtype": "float8_e4m3fn", "size_bytes": 6}}
+    assert found["tensors"] == {
+        "scale": {"shape": [], "dtype": "float32", "size_bytes": 4},
+        "u": {"shape": [2], "dtype": "uint16", "size_bytes": 4},
+        "w": {"shape": [2, 3], "dtype": "float8_e4m3fn", "size_bytes": 6},
+    }
 
 
 @pytest.mark.parametrize("content", ["nothing", "a legacy checkpoint", "a tracker of nothing", "a tracker of words"])

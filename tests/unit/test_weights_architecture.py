@@ -181,6 +181,7 @@ def test_absent_fields_take_the_familys_defaults(tmp_path):
         (LLAMA, {"rope_parameters": {"rope_type": "default"}, "rope_scaling": LLAMA3_SCALING}, "rope_scaling"),
         (LLAMA, {"rope_parameters": LLAMA3_SCALING, "rope_scaling": {**LLAMA3_SCALING, "factor": 9}}, "rope_scaling"),
         (LLAMA, {"rope_parameters": LLAMA3_SCALING, "rope_scaling": {**LLAMA3_SCALING, "rope_theta": 1}}, "rope_theta"),
+        (LLAMA, {"rope_scaling": LLAMA3_SCALING, "original_max_position_embeddings": 128}, "original_max_position"),
         (LLAMA, {"rope_theta": 10**400}, "rope_theta"),
         (LLAMA, {"rms_norm_eps": float("inf")}, "rms_norm_eps"),
         (QWEN, {"layer_types": 5}, "layer_types"),
