@@ -76,7 +76,9 @@ class RunSettings:
             self.distributed_timeout_minutes,
             ">= 1 minute",
         )
-        require(self.node_timeout_s >= 4, "--node-timeout-s", self.node_timeout_s, ">= 4 seconds")
+        require(
+            4 <= self.node_timeout_s <= 86400, "--node-timeout-s", self.node_timeout_s, "in [4, 86400] seconds, a day"
+        )
 
 
 GuardAction = Literal["off", "warn", "stop"]

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 from megatron_fipo.rewards.confinement import confine
 from megatron_fipo.rewards.processes import OUT_OF_MEMORY_EXIT_CODE
 from megatron_fipo.rewards.registry import REWARDS, WARM_UPS, Reward, load_reward
+from megatron_fipo.sheltered import spare_only_this_process
 from megatron_fipo.types import RewardResult
 
 MAX_ANSWER_CHARACTERS = 1_000
@@ -31,6 +32,7 @@ def main() -> None:
     In: {"reward", "sys_path", "memory_bytes", "timeout_s"}, then `ID [response, ground truth, {keyword: value}]`.
     Out: {"ready": true} or {"load_error"}, then {"id", "score", "accuracy", "answer"} or {"id", "kind", "message"}.
     """
+    spare_only_this_process()
     requests, replies = _take_over_standard_streams()
     first = json.loads(requests.readline())
     sys.path[:] = first["sys_path"]

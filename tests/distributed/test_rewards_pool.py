@@ -317,6 +317,31 @@ def test_closing_ends_every_worker_and_what_it_started(
     pool.close()
 
 
+def test_what_asks_a_run_to_end_spares_the_worker_but_not_what_its_reward_starts(custom: Callable[[str], str]) -> None:
+    """A reward ends its own children by a signal, as timeout(1) does; Slurm signals the worker as well."""
+    source = (
+        "import multiprocessing, os, signal, subprocess, time\n"
+        "from megatron_fipo.types import RewardResult\n"
+        "def misbehave(response, ground_truth):\n"
+        "    number = getattr(signal, response)\n"
+        "    os.kill(os.getpid(), number)\n"
+        "    program = subprocess.Popen(['sleep', '60'])\n"
+        "    forked = multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,))\n"
+        "    forked.start(), time.sleep(0.2)\n"
+        "    for pid in (program.pid, forked.pid):\n"
+        "        os.kill(pid, number)\n"
+        "    forked.join()\n"
+        "    return RewardResult(1.0, 1.0, f'{program.wait()} {forked.exitcode}')\n"
+    )
+    names = ["SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT"]
+    with GraderPool(custom(source), timeout_s=5.0, memory_bytes=256 * MIB, num_workers=1) as pool:
+        pids = pool.pids
+        verdicts = pool.grade(names, ["x"] * len(names))
+        assert pool.pids == pids
+    ended = [f"{-getattr(signal, name)} {-getattr(signal, name)}" for name in names]
+    assert [verdict.answer if isinstance(verdict, RewardResult) else verdict for verdict in verdicts] == ended
+
+
 def test_a_worker_killed_from_outside_is_replaced_at_no_answers_cost(pool: GraderPool) -> None:
     num_replaced = pool.num_replaced
     killed = psutil.Process(pool.pids[0])
