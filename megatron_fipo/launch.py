@@ -15,6 +15,8 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from types import FrameType
 
@@ -26,6 +28,8 @@ from megatron_fipo.sheltered import ASKING
 FIRST_SIGNAL_STATUS = 128
 LEFT_TO_TORCHRUN = "SIGQUIT"
 PROGRAM = "megatron_fipo.train"
+HANDLER_S = 1.0
+"""In which Python's own handler has run, unless the main thread is elsewhere."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ[LAUNCHER_PID] = str(os.getpid())
     for number in ASKING:
         signal.signal(number, _pass_on)
+    _listen_while_waiting()
     try:
         run.main(["--signals-to-handle", LEFT_TO_TORCHRUN, *words])
     except ChildFailedError as error:
@@ -82,14 +87,35 @@ def _preview(words: Sequence[str]) -> int:
     return train(arguments.training_script_args)
 
 
+def _listen_while_waiting() -> None:
+    """End at a signal while other nodes are waited for. That is in C++, where Python runs no handler: a thread looks."""
+    source, sink = os.pipe()
+    os.set_blocking(sink, False)
+    signal.set_wakeup_fd(sink, warn_on_full_buffer=False)
+    threading.Thread(target=_end_without_ranks, args=(source,), daemon=True).start()
+
+
+def _end_without_ranks(source: int) -> None:
+    while not _ranks():  # once there are some, the handler is enough
+        number = os.read(source, 1)[0]
+        if number in ASKING and not _ranks():
+            time.sleep(HANDLER_S)
+            if not _ranks():
+                os._exit(FIRST_SIGNAL_STATUS + number)
+
+
 def _pass_on(number: int, frame: FrameType | None) -> None:
     """To every rank of this node; where there is none yet, there is nothing to wait for."""
-    ranks = [child for child in psutil.Process().children() if _is_rank(child)]
+    ranks = _ranks()
     if not ranks:
         raise SystemExit(FIRST_SIGNAL_STATUS + number)
     for rank in ranks:
         with contextlib.suppress(psutil.NoSuchProcess):
             rank.send_signal(number)
+
+
+def _ranks() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if _is_rank(child)]
 
 
 def _is_rank(process: psutil.Process) -> bool:
