@@ -7,52 +7,82 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from megatron_fipo.interruption import REQUEUE
-from megatron_fipo.slurm_options import SEED, SlurmJob
+from megatron_fipo.interruption import LAUNCHER_PID, REQUEUE
+from megatron_fipo.slurm_options import PROGRAM, SEED, SlurmJob
 from megatron_fipo.train import LOST_RANK, USER_ERROR
 
+# variables in which launchers say who a rank is
+LAUNCHED = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "GROUP_WORLD_SIZE"),
+    *("ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME"),
+)
 FIRST_PORT, NUM_PORTS = 20000, 10000  # below those that Linux hands out by itself
+MOST_IDLE_STARTS = 3
 _SEED_DIR = '/"seed-$SEED"'
 
 _ENDING = """
-# srun names the node and the ranks of what failed. A rank that ends with {requeue} has saved as it was asked to,
-# as when another one fails: that is no failure of its own, though srun takes the highest status of all.
-failures() {{ sed -nE 's/^srun: error: ([^ :]+): tasks? ([0-9]+)[^:]*: (.*)$/\\1 \\2 \\3/p' "$LOGS/srun.log"; }}
-first_status() {{ sed -nE 's/.* Exited with exit code ([0-9]+)$/\\1/p' | grep -vx {requeue} | head -n 1; }}
+# srun says what failed, with its node and ranks, in the order in which it happened. After the first failure it ends the
+# other ranks: those save ({requeue}), are terminated, or are killed when they take longer than KillWait.
+read_failures() {{
+    sed -nE -e 's/^srun: error: Task launch for .* failed on node ([^: ]+): (.*)$/\\1 - task launch: \\2/p' \\
+        -e 's/^srun: error: Node failure on ([^ ,]+).*$/\\1 - node failure/p' \\
+        -e 's/^srun: error: ([^ :]+): tasks? ([0-9]+)[^:]*: (.*)$/\\1 \\2 \\3/p'
+}}
+CAUSES=$(sed -E '/Terminating StepId|Force Terminated|Job step aborted/Q' "$LOGS/srun.log" | read_failures)
+[[ -n $CAUSES ]] || CAUSES=$(read_failures <"$LOGS/srun.log")
+SAVED='Exited with exit code {requeue}$|User defined signal 1$' # the latter before it could read its flags
+FAILURE=$(grep -vE "$SAVED|Terminated$" <<<"$CAUSES" | grep . | head -n 1)
 
-# Sets NODE, RANK and REASON to the first of: a rank that a signal or its node ended, one that said why, any other.
+# The reason that a rank gave itself, if it did; that others are gone is none.
+said_by() {{ grep '^error: ' "$1" 2>/dev/null | grep -vF {lost_rank} | head -n 1; }}
+
+# Sets NODE, RANK and REASON to what failed first, and BLAMED to its node where that is certain.
 find_failure() {{
-    local log found
-    NODE= RANK= REASON=
-    found=$(failures | grep -v -e 'Exited with exit code' -e 'Terminated' | head -n 1)
-    if [[ -z $found ]]; then
-        for log in "$LOGS"/rank-*.log; do
-            REASON=$(grep '^error: ' "$log" | grep -vF {lost_rank} | head -n 1)
-            if [[ -n $REASON ]]; then
+    local log last
+    read -r NODE RANK REASON <<<"$FAILURE"
+    BLAMED=$NODE
+    [[ $RANK != - ]] || return
+    if [[ $REASON == 'Exited with exit code '* ]]; then
+        for log in "$LOGS/rank-$RANK-$NODE.log" "$LOGS"/rank-*.log; do
+            last=$(said_by "$log")
+            if [[ -n $last ]]; then
                 log=${{log##*/rank-}} && log=${{log%.log}}
-                RANK=${{log%%-*}} NODE=${{log#*-}}
+                RANK=${{log%%-*}} NODE=${{log#*-}} REASON=$last
+                BLAMED=$NODE
                 return
             fi
         done
-        found=$(failures | grep -v '{saved}' | head -n 1)
+        ! grep -qF {lost_rank} "$LOGS/rank-$RANK-$NODE.log" || BLAMED=
     fi
-    [[ -n $found ]] || return
-    read -r NODE RANK REASON <<<"$found"
-    log=$(grep -v '^slurmstepd' "$LOGS/rank-$RANK-$NODE.log" 2>/dev/null | grep . | tail -n 1)
-    REASON="$REASON${{log:+; its last line: $log}}"
+    last=$(grep -v '^slurmstepd' "$LOGS/rank-$RANK-$NODE.log" 2>/dev/null | grep . | tail -n 1)
+    REASON="$REASON${{last:+; its last line: $last}}"
 }}
+
+# Slurm may be too busy to answer.
+again() {{
+    local try
+    for try in {{1..6}}; do
+        "$@" && return
+        sleep 10
+    done
+    return 1
+}}
+state() {{ again squeue --noheader --format %T --jobs "$NAME" 2>/dev/null || echo RUNNING; }}
 
 # The job again: it goes on from its checkpoint (--auto-resume). Not once somebody has cancelled it.
 requeue() {{
-    if [[ $(squeue --noheader --format %T --jobs "$SLURM_JOB_ID" 2>/dev/null) != RUNNING ]]; then
+    if [[ $(state) != RUNNING ]]; then
         printf 'job %s: cancelled, or already requeued; not requeued here\\n' "$NAME"
     elif ((${{SLURM_RESTART_COUNT:-0}} >= {max_requeues})); then
         printf 'job %s: not requeued: that was done {max_requeues} times (--max-requeues)\\n' "$NAME"
     else
-        printf 'job %s: requeued, %s\\n' "$NAME" "$1"
-        trap '' TERM # Slurm ends this script now, which has a line to go
-        scontrol requeue "$SLURM_JOB_ID"
-        [[ -z ${{2:-}} ]] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$2"
+        trap '' TERM # Slurm ends this script then, which has a line to go
+        if again scontrol requeue "$NAME"; then
+            printf 'job %s: requeued, %s\\n' "$NAME" "$1"
+            [[ -z ${{2:-}} ]] || scontrol update JobId="$NAME" ExcNodeList="$2"
+        else
+            printf 'job %s: not requeued: Slurm did not take it\\n' "$NAME"
+        fi
     fi
 }}
 
@@ -60,29 +90,48 @@ if [[ $status == 0 ]]; then
     printf 'job %s: finished\\n' "$NAME"
     exit 0
 fi
-if failures | grep -q '{saved}' && ! failures | grep -qv -e '{saved}' -e 'Terminated$'; then
+if [[ -z $FAILURE ]] && grep -qE "$SAVED" <<<"$CAUSES"; then
     {when_saved}
     exit {requeue}
 fi
-[[ $status != {requeue} ]] || status=$(failures | first_status)
-status=${{status:-1}}
-find_failure
-if [[ -n $RANK ]]; then
-    printf 'job %s: rank %s on %s failed: %s (%s)\\n' "$NAME" "$RANK" "$NODE" "$REASON" "$LOGS/rank-$RANK-$NODE.log"
+if [[ $FAILURE == *'Exited with exit code '* ]]; then
+    status=${{FAILURE##* }}
+elif [[ $status == {requeue} ]]; then
+    status=1
+fi
+if [[ -n $FAILURE ]]; then
+    find_failure
+    if [[ $RANK == - ]]; then
+        printf 'job %s: %s failed: %s (%s)\\n' "$NAME" "$NODE" "$REASON" "$LOGS/srun.log"
+    else
+        printf 'job %s: rank %s on %s failed: %s (%s)\\n' "$NAME" "$RANK" "$NODE" "$REASON" "$LOGS/rank-$RANK-$NODE.log"
+    fi
 else
     printf 'job %s: failed with status %s; the logs are in %s\\n' "$NAME" "$status" "$LOGS"
 fi
 {when_failed}exit "$status"
 """
 
-_RETRY = """# A user's error ({user_error}) would only come again.
-if [[ $status != {user_error} && -n $NODE ]]; then
-    printf '%s\\n' "$NODE" >>"$FAILURES"
+_RETRY = """# A user's error ({user_error}) would only come again. "-": it is not certain which node it was.
+if [[ $status != {user_error} && -n $FAILURE ]]; then
+    printf '%s\\n' "${{BLAMED:--}}" >>"$FAILURES"
     if (($(wc -l <"$FAILURES") <= {max_failures})); then
-        requeue "without $NODE" "{excluded}$(sort -u "$FAILURES" | paste -sd ,)"
+        EXCLUDED=$({{ {excluded}grep -vx -e - "$FAILURES"; }} | sort -u | paste -sd ,)
+        requeue "${{BLAMED:+without }}${{BLAMED:-after a failure}}" "$EXCLUDED"
     fi
 fi
 """
+_GO_ON = """# Starts that only ask for more of the same end here.
+    if [[ $(cat {latest} 2>/dev/null) != "$STEP" ]]; then
+        rm -f "$IDLE"
+    else
+        printf '%s\\n' "${{SLURM_RESTART_COUNT:-0}}" >>"$IDLE"
+    fi
+    if [[ -e $IDLE ]] && (($(wc -l <"$IDLE") >= {most_idle_starts})); then
+        printf 'job %s: not requeued: {most_idle_starts} starts in a row saved no step; is --time too short?\\n' "$NAME"
+    else
+        requeue 'to go on from its checkpoint'
+    fi"""
 
 
 def sbatch_script(job: SlurmJob, command: Sequence[str]) -> str:
@@ -140,6 +189,9 @@ def _rendezvous(job: SlurmJob) -> list[str]:
     port = str(job.master_port) if job.master_port else f"$(({FIRST_PORT} + SLURM_JOB_ID % {NUM_PORTS}))"
     return [
         "",
+        "# What a launcher left in the shell that this was submitted from is not about these ranks.",
+        f"unset {' '.join(LAUNCHED)} ${{!TORCHELASTIC_@}} {LAUNCHER_PID}",
+        "",
         "# Where the ranks meet: rank 0 is on the first node. The rest they know from srun's own variables.",
         'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
         f"MASTER_PORT={port}",
@@ -173,9 +225,9 @@ def _arguments(job: SlurmJob) -> list[str]:
 
 
 def _srun(job: SlurmJob) -> list[str]:
-    options = ["--kill-on-bad-exit=1", "--cpu-bind=none"]
+    options = ["--export=ALL", "--kill-on-bad-exit=1", "--cpu-bind=none"]  # sbatch's --export would hold here, too
     if "cpus-per-task" in job.sbatch:
-        options.append(f"--cpus-per-task={job.sbatch['cpus-per-task']}")
+        options.append(f"--cpus-per-task={quoted(job.sbatch['cpus-per-task'])}")
     options += [f"--{name}={quoted(value)}" if value else f"--{name}" for name, value in job.container.items()]
     options += [quoted(option) for option in job.srun_options]
     name = "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}" if job.seeds else "$SLURM_JOB_ID"
@@ -188,6 +240,10 @@ def _srun(job: SlurmJob) -> list[str]:
         f"NAME={name}",
         f'LOGS={directory}/"$NAME.${{SLURM_RESTART_COUNT:-0}}"',
         *([f'FAILURES={directory}/"$NAME.failed-nodes"'] if job.max_failures else []),
+        *(
+            [f'IDLE={directory}/"$NAME.idle-starts"', f"STEP=$(cat {_latest(job)} 2>/dev/null)"]
+            * _counts_idle_starts(job)
+        ),
         'mkdir -p "$LOGS"',
         "printf 'job %s: start %s on %s, ranks meet at %s:%s, logs in %s\\n' \\",
         '    "$NAME" "${SLURM_RESTART_COUNT:-0}" "$SLURM_JOB_NODELIST" "$MASTER_ADDR" "$MASTER_PORT" "$LOGS"',
@@ -203,15 +259,28 @@ def _srun(job: SlurmJob) -> list[str]:
     ]
 
 
+def _counts_idle_starts(job: SlurmJob) -> bool:
+    """Whether the script can see by the checkpoints that nothing comes of the job's starts."""
+    return job.requeue and not job.container and job.program[:2] == ("-m", PROGRAM)
+
+
+def _latest(job: SlurmJob) -> str:
+    """The file that names the newest checkpoint, as a word of bash."""
+    return quoted(job.own_dirs["--save"]) + (_SEED_DIR if job.seeds else "") + "/latest"
+
+
 def _ending(job: SlurmJob) -> str:
     values = {
         "requeue": REQUEUE,
-        "saved": f"Exited with exit code {REQUEUE}$",
         "user_error": USER_ERROR,
         "max_failures": job.max_failures,
     }
-    excluded = f"{job.sbatch['exclude']}," if "exclude" in job.sbatch else ""
-    when_saved = "requeue 'to go on from its checkpoint'" if job.requeue else "printf 'job %s: saved\\n' \"$NAME\""
+    excluded = f"printf '%s\\n' {quoted(job.sbatch['exclude'])}; " if "exclude" in job.sbatch else ""
+    when_saved = "printf 'job %s: saved\\n' \"$NAME\""
+    if job.requeue:
+        when_saved = "requeue 'to go on from its checkpoint'"
+    if _counts_idle_starts(job):
+        when_saved = _GO_ON.format(latest=_latest(job), most_idle_starts=MOST_IDLE_STARTS)
     return _ENDING.format(
         **values,
         max_requeues=job.max_requeues,

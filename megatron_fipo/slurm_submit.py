@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_fipo.config import require
@@ -110,7 +110,7 @@ def submit(job: SlurmJob, text: str) -> str:
         script.write_bytes(os.fsencode(text))
     except OSError as error:
         raise ValueError(f"--log-dir is {job.log_dir!r}, but must be a directory to write to: {error}") from None
-    done = _slurm("sbatch", "--parsable", str(script))
+    done = _slurm("sbatch", "--parsable", str(script), env=outside_of_jobs(os.environ))
     if done.returncode != 0:
         script.unlink()
         raise ValueError(f"sbatch refused the job: {_last_line(done.stderr)}")
@@ -154,8 +154,20 @@ def _check_partition(job: SlurmJob) -> None:
     require(job.nodes <= largest, "--nodes", job.nodes, f"at most {largest}, as many as {where} has")
 
 
-def _slurm(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+def outside_of_jobs(environment: Mapping[str, str]) -> dict[str, str]:
+    """`environment` without what Slurm says of the job that the submitting shell is in: srun would take the memory,
+    tasks and nodes of that one for the new job's."""
+    kept = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_TIME_FORMAT")
+    is_inside = "SLURM_JOB_ID" in environment
+    return {name: value for name, value in environment.items() if not (is_inside and _is_of_job(name)) or name in kept}
+
+
+def _is_of_job(name: str) -> bool:
+    return name.startswith(("SLURM_", "SLURMD_", "SRUN_", "PMI_", "PMIX_"))
+
+
+def _slurm(*words: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, env=env)
 
 
 def _last_line(text: str) -> str:
