@@ -88,7 +88,7 @@ def _preview(words: Sequence[str]) -> int:
 
 
 def _listen_while_waiting() -> None:
-    """End at a signal while other nodes are waited for. That is in C++, where Python runs no handler: a thread looks."""
+    """End at a signal while other nodes are waited for. That is in C++, where no handler runs: a thread looks."""
     source, sink = os.pipe()
     os.set_blocking(sink, False)
     signal.set_wakeup_fd(sink, warn_on_full_buffer=False)

@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 from megatron_fipo.config import require, setting
 
+RECOMPUTE_MODULES = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts")
+"""Parts of a layer that megatron-core recomputes by name."""
+
 
 @dataclass(frozen=True)
 class MegatronSettings:
@@ -125,6 +128,16 @@ class MegatronSettings:
             self.optimizer.get("optimizer", "adam") == "adam", "--optimizer", self.optimizer.get("optimizer"), "adam"
         )
         self._check_recompute()
+        self._check_precision_aware()
+
+    def _check_precision_aware(self) -> None:
+        for name in ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"):
+            require(
+                self.optimizer.get(name, "fp32") == "fp32" or bool(self.optimizer.get("use_precision_aware_optimizer")),
+                "--" + name.replace("_", "-"),
+                self.optimizer.get(name),
+                "fp32 without --use-precision-aware-optimizer",
+            )
 
     def _check_recompute(self) -> None:
         granularity = self.transformer.get("recompute_granularity")
@@ -134,3 +147,6 @@ class MegatronSettings:
                 require(value is not None, flag, value, "given with --recompute-granularity full")
             else:
                 require(value is None, flag, value, f"unset unless --recompute-granularity ({granularity}) is full")
+        for module in self.transformer.get("recompute_modules") or ():
+            known = ", ".join(RECOMPUTE_MODULES)
+            require(module in RECOMPUTE_MODULES, "--recompute-modules", module, f"some of {known}")

@@ -35,8 +35,12 @@ _REASONS: Mapping[str, str] = {
         disable-pad-vocab-size no-pad-vocab-size padded-vocab-size""",
     "positions are rotary, as the checkpoint says": "no-position-embedding",
     "weights come from --hf-checkpoint, or on resume from --load": """
-        data-parallel-random-init embedding-init-method-std finetune init-method-std init-method-xavier-uniform
+        data-parallel-random-init embedding-init-method-std init-method-std init-method-xavier-uniform
         init-model-with-meta-device no-initialization""",
+    "--load goes on with optimizer, random states and step; --pretrained-checkpoint takes weights alone": """
+        finetune no-load-optim no-load-rng""",
+    "parameters stay in bf16 beside the FP8 copies that are multiplied": """
+        fp8-param-gather reuse-grad-buf-for-mxfp8-param-ag""",
     "architecture and layout come from --hf-checkpoint and the flags": """
         use-checkpoint-args use-mp-args-from-checkpoint-args""",
     "a run's length is --train-iters, in steps": "exit-interval train-samples",
@@ -62,14 +66,16 @@ _REASONS: Mapping[str, str] = {
         eval-global-batch-size eval-iters eval-micro-batch-size start-eval-at-iter""",
     "every step is logged to metrics.jsonl and TensorBoard in --output-dir": """
         app-tag-run-name app-tag-run-version disable-log-loss-scale-to-tensorboard disable-straggler-on-startup
-        log-device-memory-used log-energy log-interval log-max-attention-logit log-memory-interval
-        log-memory-to-tensorboard log-num-zeros-in-grad log-params-norm log-progress log-straggler log-throughput
+        log-device-memory-used log-energy log-interval log-memory-interval
+        log-memory-to-tensorboard log-progress log-straggler log-throughput
         log-timers-to-tensorboard log-validation-ppl-to-tensorboard log-world-size-to-tensorboard logging-level
         moe-per-layer-logging no-log-loss-scale-to-tensorboard no-one-logger one-logger-async one-logger-project
         one-logger-run-name straggler-ctrlr-port straggler-minmax-count tensorboard-log-interval
-        tensorboard-queue-size timing-log-level timing-log-option wandb-entity wandb-save-dir
+        tensorboard-queue-size timing-log-level timing-log-option
         enable-one-logger log-batch-size-to-tensorboard log-learning-rate-to-tensorboard
         no-log-learnig-rate-to-tensorboard""",
+    "what is logged is in docs/metrics.md": """
+        log-max-attention-logit log-num-zeros-in-grad log-params-norm wandb-entity wandb-save-dir""",
     "it is not supported; docs/performance.md says how a step is timed": """
         memory-snapshot-path nvtx-ranges profile profile-ranks profile-step-end profile-step-start
         pytorch-profiler-collect-callstack pytorch-profiler-collect-chakra pytorch-profiler-collect-shapes
@@ -81,7 +87,7 @@ _REASONS: Mapping[str, str] = {
         disable-ckpt-load-validate-sharding-integrity disable-msc disable-stream-ckpt-dequant dist-ckpt-format
         dist-ckpt-optim-fully-reshardable dist-ckpt-save-pre-mcore-014 dist-ckpt-strictness dist-ckpt-workers
         distrib-optim-fully-reshardable-mem-efficient enable-msc no-ckpt-fully-parallel-save
-        no-ckpt-load-validate-sharding-integrity no-load-optim no-load-rng no-save-optim no-save-rng
+        no-ckpt-load-validate-sharding-integrity no-save-optim no-save-rng
         no-stream-ckpt-dequant non-persistent-ckpt-type non-persistent-global-ckpt-dir non-persistent-local-ckpt-algo
         non-persistent-local-ckpt-dir non-persistent-save-interval replication replication-factor replication-jump
         use-dist-ckpt use-persistent-ckpt-worker verify-integrity""",

@@ -42,6 +42,10 @@ def settled(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     for setting, flag in (("run.save_interval", "--save-interval"), ("run.async_save", "--async-save")):
         if save is None and values.pop(setting, None) is not None:
             notes.append(f"{flag} has no effect: without --save nothing is saved")
+    if not values.get("run.wandb_project"):  # "" is Megatron-LM's default, and off
+        values.pop("run.wandb_project", None)
+        if values.pop("run.wandb_exp_name", None):
+            notes.append("--wandb-exp-name has no effect without --wandb-project")
     implementation = values.get("megatron.transformer_impl")
     device = values.get("megatron.device")
     if implementation == "local" or (implementation is None and device == "cpu"):
@@ -57,6 +61,8 @@ def pretraining_notes(run: RunSettings, batch: BatchSettings, megatron: Megatron
     num_updates = run.train_iters * batch.num_updates_per_rollout
     if megatron.lr > HIGHEST_USUAL_LR:
         notes.append(f"--lr {megatron.lr:g} is a rate for pretraining: a policy is usually trained at 1e-6")
+    if megatron.lr == 0:
+        notes.append("--lr 0 trains nothing")
     if megatron.lr_warmup_iters >= num_updates:
         notes.append(
             f"--lr-warmup-iters {megatron.lr_warmup_iters}: the run makes {num_updates} updates (--train-iters x "

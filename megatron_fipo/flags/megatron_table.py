@@ -161,10 +161,6 @@ def megatron_options() -> list[Option]:
                 if place not in places.setdefault(field.name, []):
                     places[field.name].append(place)
                 fields.setdefault(field.name, field)
-    # One Megatron-LM flag fills both: the model's and the gradient buffer's view of fp8 parameters.
-    if "fp8_param" in places and "fp8_param_gather" in places:
-        places["fp8_param"] += places.pop("fp8_param_gather")
-
     options = [
         Option((f"megatron.model.{name}",), flags, value, _MODEL_GROUP, "compared with the checkpoint", listed=False)
         for name, flags, value in _MODEL_OPTIONS

@@ -50,8 +50,6 @@ def test_one_flag_fills_every_dataclass_that_has_the_field():
     assert settings.optimizer == {"use_distributed_optimizer": True, "fp8_recipe": "delayed"}
     assert settings.ddp == {"use_distributed_optimizer": True}
     assert settings.transformer == {"fp8_recipe": "delayed"}
-    settings = megatron("--fp8-param-gather")
-    assert (settings.transformer, settings.ddp) == ({"fp8_param": True}, {"fp8_param_gather": True})
 
 
 @pytest.mark.parametrize(
@@ -89,7 +87,11 @@ def test_what_would_leave_engines_or_stages_wrong_is_refused(flags):
         (["--accumulate-allreduce-grads-in-fp32"], "ddp", {"grad_reduce_in_fp32": True}),
         (["--grad-reduce-in-bf16"], "ddp", {"grad_reduce_in_fp32": False}),
         (["--ddp-bucket-size", "40000000"], "ddp", {"bucket_size": 40000000}),
-        (["--main-grads-dtype", "bf16"], "optimizer", {"main_grads_dtype": "bf16"}),
+        (
+            ["--main-grads-dtype", "bf16", "--use-precision-aware-optimizer"],
+            "optimizer",
+            {"main_grads_dtype": "bf16", "use_precision_aware_optimizer": True},
+        ),
         (["--moe-layer-recompute"], "transformer", {"moe_layer_recompute": True}),
         (["--group-query-attention"], "model", {"group_query_attention": True}),
         (["--untie-embeddings-and-output-weights"], "model", {"share_embeddings_and_output_weights": False}),

@@ -90,7 +90,6 @@ def test_llama_in_fp8_keeps_its_layout_and_precision(tmp_path: Path) -> None:
         "fp8": "hybrid",
         "fp8_amax_history_len": 1024,
         "fp8_amax_compute_algo": "max",
-        "fp8_param": True,
         "cp_comm_type": "p2p",
         "tp_comm_overlap": True,
     }
@@ -98,8 +97,8 @@ def test_llama_in_fp8_keeps_its_layout_and_precision(tmp_path: Path) -> None:
         "use_distributed_optimizer": True,
         "overlap_grad_reduce": True,
         "grad_reduce_in_fp32": False,
-        "fp8_param_gather": True,
     }
+    assert "--fp8-param-gather" in noted(settings)
     assert settings.run.async_save
     assert settings.run.distributed_timeout_minutes == 60
     assert (settings.run.save, settings.run.load, settings.run.auto_resume) == ("ckpt", None, True)
@@ -134,6 +133,7 @@ def test_each_flag_without_a_meaning_is_noted_once(tmp_path: Path) -> None:
         "--exit-duration-in-mins",
         "--overlap-param-gather",
         "--ddp-average-in-collective",
+        "--fp8-param-gather",
         "--tp-comm-overlap-cfg",
         "--log-interval",
         "--eval-iters",
@@ -221,6 +221,32 @@ def test_a_rate_and_a_warm_up_of_pretraining_are_noted(tmp_path: Path) -> None:
     assert "--lr 0.0003 is a rate for pretraining: a policy is usually trained at 1e-6" in notes
     assert any(note.startswith("--lr-warmup-iters 2000: the run makes 1600 updates") for note in notes)
     assert any(note.startswith("--save-interval 10000 counts steps, of which the run makes 200") for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        (
+            ["--recompute-granularity", "selective", "--recompute-modules", "moe", "bogus"],
+            "--recompute-modules is 'bogus'",
+        ),
+        (["--exp-avg-dtype", "bf16"], "--exp-avg-dtype is 'bf16', but must be fp32 without --use-precision-aware-opti"),
+        (["--main-params-dtype", "fp16"], "--main-params-dtype is 'fp16', but must be fp32 without --use-precision-aw"),
+    ],
+)
+def test_what_megatron_core_would_not_take_is_an_error_of_the_flags(more: list[str], problem: str) -> None:
+    with pytest.raises(ValueError, match="^" + re.escape(problem)):
+        parse_arguments(["--hf-checkpoint", "model", "--task", "chain_sum", *more])
+
+
+def test_what_is_off_is_off_and_what_trains_nothing_is_noted() -> None:
+    base = ["--hf-checkpoint", "model", "--task", "chain_sum"]
+    settings = parse_arguments([*base, "--wandb-project", "", "--wandb-exp-name", "mine"])
+    assert (settings.run.wandb_project, settings.run.wandb_exp_name) == (None, None)
+    assert settings.notes == ("--wandb-exp-name has no effect without --wandb-project",)
+    assert parse_arguments([*base, "--lr", "0"]).notes == ("--lr 0 trains nothing",)
+    (note,) = parse_arguments([*base, "--no-load-optim"]).notes
+    assert "--load goes on with optimizer, random states and step" in note
 
 
 def test_a_note_does_not_repeat_a_whole_blend_of_data() -> None:
