@@ -25,10 +25,13 @@ def follow(job: SlurmJob, job_id: str, *, look_every_s: float = LOOK_EVERY_S) ->
     """
     print("following; Ctrl-C stops that, and leaves the job alone", flush=True)
     shown: dict[str, str] = {}
+    seen: dict[str, dict[str, str]] = {}  # Slurm forgets a task some minutes after its end
     files = _Files(Path(job.log_dir), job_id, with_ranks=not job.seeds)
     try:
         while True:
             tasks = _look(job_id)
+            if tasks is None and seen and all(task["JobState"] in ENDED for task in seen.values()):
+                tasks = {}
             if tasks is None:
                 print("Slurm does not know the job any more, or does not answer", file=sys.stderr)
                 return RUN_FAILED
@@ -37,8 +40,9 @@ def follow(job: SlurmJob, job_id: str, *, look_every_s: float = LOOK_EVERY_S) ->
                     print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
                     shown[name] = line
             files.show()
-            if all(task["JobState"] in ENDED for task in tasks.values()):
-                return next((status for task in tasks.values() if (status := _status(task))), 0)
+            seen.update(tasks)
+            if all(task["JobState"] in ENDED for task in (tasks or seen).values()):
+                return next((status for task in seen.values() if (status := _status(task))), 0)
             time.sleep(look_every_s)
     except KeyboardInterrupt:
         print(f"\nno longer following; cancel with: scancel {job_id}", file=sys.stderr)
@@ -46,7 +50,7 @@ def follow(job: SlurmJob, job_id: str, *, look_every_s: float = LOOK_EVERY_S) ->
 
 
 def _look(
-    job_id: str, *, tries: int = 5, pause: Callable[[float], None] = time.sleep
+    job_id: str, *, tries: int = 60, pause: Callable[[float], None] = time.sleep
 ) -> dict[str, dict[str, str]] | None:
     """Fields of the job, or of every task of its array, by name."""
     for _ in range(tries):

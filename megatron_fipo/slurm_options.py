@@ -240,6 +240,18 @@ def _ranks_per_node(values: Mapping[str, str]) -> int:
     if "gres" in values and not asked:
         found = re.search(r"(?:^|,)(?:gres:)?gpu((?::[^,]+)?)(?:,|$)", values["gres"])
         asked = (found[1].removeprefix(":") or "1") if found else ""
+    wanted = "a count of each node's GPUs, as in 8, h100:8, or gpu:8 for --gres; or say --ntasks-per-node"
+    is_told = "ntasks-per-node" in values
+    require(
+        "gpus" not in values or is_told,
+        "--gpus",
+        values.get("gpus"),
+        "given as --gpus-per-node, or with --ntasks-per-node: ranks are one per GPU of a node",
+    )
+    is_read = asked == "" or re.fullmatch(r"(?:[\w.-]+:)?\d+", asked) is not None
+    flag = "gpus-per-node" if "gpus-per-node" in values else "gres"
+    is_one = values.get("gres", "").count("gpu") < 2
+    require(is_told or (is_read and is_one), f"--{flag}", values.get(flag), wanted)
     count = asked.rpartition(":")[2]
     num_gpus = int(count) if count.isdecimal() else None
     num_ranks = _whole(values, "ntasks-per-node", num_gpus or 1)
@@ -308,6 +320,9 @@ def _check(job: SlurmJob) -> None:
         require(re.search(r"[\x00-\x1f\"\\]", value) is None, f"--{name}", value, 'without ", \\ and line breaks')
     for line in job.sbatch_lines:
         require(line.startswith("-"), "--sbatch-option", line, 'an option of sbatch, as in "--x=y"')
+        name = re.split(r"[=\s]", line.removeprefix("--"))[0]
+        require(name not in _REFUSED, "--sbatch-option", line, f"something else: {_REFUSED.get(name)}")
+        require(name not in ("array", "requeue", "no-requeue"), "--sbatch-option", line, "said without --sbatch-option")
     for word in (*job.setup, *job.program):
         require("\0" not in word, "an argument", word, "without a NUL character")
     if job.master_port is not None:

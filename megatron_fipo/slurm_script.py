@@ -225,7 +225,7 @@ def _arguments(job: SlurmJob) -> list[str]:
 
 
 def _srun(job: SlurmJob) -> list[str]:
-    options = ["--export=ALL", "--kill-on-bad-exit=1", "--cpu-bind=none"]  # sbatch's --export would hold here, too
+    options = ["--export=ALL", "--kill-on-bad-exit=1", "--cpu-bind=none", "--distribution=block"]
     if "cpus-per-task" in job.sbatch:
         options.append(f"--cpus-per-task={quoted(job.sbatch['cpus-per-task'])}")
     options += [f"--{name}={quoted(value)}" if value else f"--{name}" for name, value in job.container.items()]
@@ -249,7 +249,7 @@ def _srun(job: SlurmJob) -> list[str]:
         '    "$NAME" "${SLURM_RESTART_COUNT:-0}" "$SLURM_JOB_NODELIST" "$MASTER_ADDR" "$MASTER_PORT" "$LOGS"',
         "",
         "# One task per rank; when one fails, the others are ended. Ranks are not bound to cores: the first of a node",
-        "# starts the node's engines, which need more than its own.",
+        "# starts the node's engines, which need more than its own. sbatch's --export is for this script alone.",
         f"srun {' '.join(options)} \\",
         f'    --output={pattern}/"$NAME.${{SLURM_RESTART_COUNT:-0}}/rank-%t-%N.log" \\',
         f'    {quoted(python)} "${{PROGRAM[@]}}" 2>"$LOGS/srun.log"',

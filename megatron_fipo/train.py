@@ -74,7 +74,8 @@ def main(arguments: Sequence[str] | None = None, *, ends_process: bool = False) 
             return _interrupted(signals.received[0], save, is_rank_zero)
         except Exception as error:
             signals.ending()
-            is_lost = any(text in str(error) for text in LOST_CONNECTION)
+            failure = _rendezvous_failure(error)
+            is_lost = failure is None and _is_lost_rank(error)
             if signals.received and not isinstance(error, ValueError | OSError) and (is_lost or not signals.defers):
                 # other ranks end at the same signal, and this one noticed that first
                 return _interrupted(signals.received[0], save, is_rank_zero)
@@ -86,7 +87,7 @@ def main(arguments: Sequence[str] | None = None, *, ends_process: bool = False) 
                 return _fail(error, RUN_FAILED, True)  # a full disk, a directory that cannot be written
             if is_lost:
                 return _fail(_lost(error), RUN_FAILED, True)
-            if (failure := _rendezvous_failure(error)) is not None:
+            if failure is not None:
                 return _fail(failure, RUN_FAILED, _is_zero("LOCAL_RANK", "SLURM_LOCALID"))
             raise
 
@@ -158,6 +159,14 @@ def _rendezvous_failure(error: Exception) -> RuntimeError | None:
             f"only {joined[1]} of {joined[2]} ranks came to {address} (MASTER_ADDR, MASTER_PORT) in time"
         )
     return RuntimeError(f"rank 0 cannot be reached at {address} (MASTER_ADDR, MASTER_PORT): {said}")
+
+
+def _is_lost_rank(error: Exception) -> bool:
+    """Whether this is gloo's or NCCL's word that a rank is gone; others, which Python words alike, are OSErrors."""
+    from torch.distributed import DistError
+
+    is_torch_s = type(error) is RuntimeError or isinstance(error, DistError)
+    return is_torch_s and any(text in str(error) for text in LOST_CONNECTION)
 
 
 def _lost(error: Exception) -> RuntimeError:

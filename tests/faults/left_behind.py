@@ -12,6 +12,7 @@ from pathlib import Path
 
 MARK = "FAULT_TEST"  # in the environment of every process that a test starts, and of theirs
 SHARED_MEMORY = Path("/dev/shm")
+SEGMENT = re.compile(r"torch_|sgl|psm_|sem\.|nccl")  # how torch, SGLang, Python and NCCL begin names there
 FORKED_SESSIONS: set[int] = set()  # leaders of sessions whose processes were forked, so that they carry another mark
 ON_THEIR_WAY_OUT_S = 10.0  # torch_shm_manager waits 2 s for new clients when its last one is gone
 
@@ -70,7 +71,8 @@ def unused_segments(known: set[str]) -> set[str]:
 
     A name may tell who made it: torch and SGLang hand segments on by name, unmapped in between.
     """
-    names = {name for name in set(os.listdir(SHARED_MEMORY)) - known if not _maker_lives(name)}
+    new = set(os.listdir(SHARED_MEMORY)) - known
+    names = {name for name in new if SEGMENT.match(name) and not _maker_lives(name)}
     if not names:
         return names
     for process in Path("/proc").glob("[0-9]*"):

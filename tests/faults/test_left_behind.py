@@ -31,7 +31,7 @@ def test_a_process_of_a_process_that_left_its_session_is_found_and_ended(monkeyp
 
 def test_shared_memory_that_nobody_uses_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(left_behind, "ON_THEIR_WAY_OUT_S", 0.5)
-    path = SHARED_MEMORY / f"left-{uuid.uuid4()}"
+    path = SHARED_MEMORY / f"psm_{uuid.uuid4()}"
     try:
         with pytest.raises(AssertionError, match=path.name), nothing_left_behind("segment"):
             path.write_bytes(b"left")
