@@ -210,16 +210,6 @@ def check_checkpoint(settings: Settings, layout: ParallelLayout) -> tuple[Archit
     directory = settings.run.hf_checkpoint
     arch = check_architecture(settings, layout)
     weights = HFWeights(directory)
-    for name, count in (
-        ("num_hidden_layers", arch.num_layers),
-        ("num_hidden_layers x num_experts", arch.num_layers * (arch.num_moe_experts or 0)),
-    ):
-        require(
-            count <= len(weights.names),
-            f"{directory}/config.json: {name}",
-            count,
-            f"at most the number of tensors in {directory} ({len(weights.names)})",
-        )
     check_hf_shapes(arch, weights)
     pretrained = settings.run.pretrained_checkpoint
     if pretrained is None:

@@ -11,15 +11,23 @@ from contextlib import contextmanager
 USER_ERROR = 2
 RUN_FAILED = 1
 SECONDS_BETWEEN_LINES = 10.0
+ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 def ended(program: Callable[[], int]) -> int:
     """Run `program`; its status, or that of the error the user can act on, said in one line on stderr."""
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    before = {number: signal.getsignal(number) for number in ENDING}
+    for number in ENDING:
+        if before[number] is not signal.SIG_IGN:  # nohup's
+            signal.signal(number, _interrupt)
     try:
         return program()
     except KeyboardInterrupt:
-        print("error: interrupted; what was not finished is removed", file=sys.stderr, flush=True)
+        print(
+            "error: interrupted: what was not finished is removed, what was written before is whole",
+            file=sys.stderr,
+            flush=True,
+        )
         return 130
     except ValueError as error:
         return _fail(error, USER_ERROR)
@@ -28,7 +36,8 @@ def ended(program: Callable[[], int]) -> int:
             raise
         return _fail(error, RUN_FAILED)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -54,6 +63,8 @@ def progress(what: str, unit: str = "tensors") -> Iterator[Callable[[int, int], 
 
 
 def _interrupt(number: int, frame: object) -> None:
+    for other in ENDING:  # the clean-up is under way
+        signal.signal(other, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

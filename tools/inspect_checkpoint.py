@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -49,7 +50,8 @@ def compare(options: argparse.Namespace) -> int:
     with progress("comparing") as advance:
         found = model_difference(options.directory, options.diff, options.hf_checkpoint, advance=advance)
     if options.json:
-        print(json.dumps(asdict(found), indent=2))
+        values = {name: delta if math.isfinite(delta) else str(delta) for name, delta in found.values.items()}
+        print(json.dumps(asdict(found) | {"values": values}, indent=2))
         return FOUND_WRONG if found.differs else 0
     for name, text in found.shapes.items():
         print(f"{name}: {text}")

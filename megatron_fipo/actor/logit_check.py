@@ -64,7 +64,10 @@ def megatron_logits(checkpoint: Path, arch: Architecture, tokens: Tensor) -> Ten
     """[L, V] fp32, of megatron-core's model in a job of this process alone."""
     stored = MegatronWeights(checkpoint, arch).stored
     padded_vocab = stored.shape(places_to_write(EMBEDDING, arch)[0].key)[0]
-    keys = {"non_homogeneous_layers": any(key.startswith("decoder.layers.0.") for key in stored.tensors)}
+    keys = {
+        "non_homogeneous_layers": any(key.startswith("decoder.layers.0.") for key in stored.tensors),
+        "singleton_local_shards": any(key.endswith("linear_fc1.weight_w") for key in stored.tensors),
+    }
     with _alone() as layout:
         model = plain_model(arch, layout, padded_vocab)
         wanted = model.sharded_state_dict(metadata=keys)

@@ -28,7 +28,7 @@ from megatron_fipo.quantization.simulation import quantise_model, require_modelo
 from megatron_fipo.rewards import GraderPool, reward_name
 from megatron_fipo.trainer.evaluation import answer_problems, evaluation_result
 from megatron_fipo.types import Prompt, SamplingSettings
-from megatron_fipo.weights.architecture import Architecture, read_architecture
+from megatron_fipo.weights.architecture import Architecture, hf_shapes, read_architecture
 from megatron_fipo.weights.hf_files import HFWeights, check_hf_shapes
 
 TOKENS_PER_BATCH = 2048
@@ -57,10 +57,12 @@ def quantize_checkpoint(request: QuantizationRequest, progress: Progress) -> lis
     if request.evaluates:
         reward_name(request.data)
     require_modelopt()
-    check_hf_shapes(arch, HFWeights(source))
+    weights = HFWeights(source)
+    check_hf_shapes(arch, weights)
     tokenizer = load_tokenizer(request.hf_checkpoint)
     prompts = read_prompts(request, arch, tokenizer)
-    stored = torch.float16 if arch.dtype == torch.float16 else torch.bfloat16
+    _check_token_ids(prompts, arch, source)
+    stored = stored_dtype(arch, weights)
 
     def load() -> Any:
         return load_model(source, stored, device, bf16=request.bf16)
@@ -101,6 +103,20 @@ def quantize_checkpoint(request: QuantizationRequest, progress: Progress) -> lis
         max_shard_bytes=request.max_shard_bytes,
     )
     return report_lines(report, source, save_dir)
+
+
+def _check_token_ids(prompts: Prompts, arch: Architecture, source: Path) -> None:
+    evaluated = [prompt.token_ids.tolist() for problems in prompts.evaluation.values() for prompt in problems]
+    largest = max(itertools.chain(*prompts.calibration, *evaluated), default=0)
+    known = f"less than config.json's vocab_size {arch.vocab_size}"
+    require(largest < arch.vocab_size, f"a token id of the tokenizer in {source}", largest, known)
+
+
+def stored_dtype(arch: Architecture, weights: HFWeights) -> torch.dtype:
+    """Of the tensors that stay as they are: fp16 where the files are, or config.json says so of fp32; else bf16."""
+    found = {weights.dtype(name) for name in hf_shapes(arch)}
+    is_half = found == {torch.float16} or (arch.dtype == torch.float16 and torch.bfloat16 not in found)
+    return torch.float16 if is_half else torch.bfloat16
 
 
 def choose_device(request: QuantizationRequest) -> torch.device:

@@ -24,11 +24,16 @@ REPORT_NAME = "quantization_report.json"
 
 
 def check_absent(save_dir: Path) -> None:
-    """Raise ValueError unless `save_dir` is absent or an empty directory."""
+    """Raise ValueError unless `save_dir` is absent or an empty directory, and could be written."""
+    if save_dir == Path():
+        raise ValueError("--save is '' or the working directory, but must be a directory of its own")
     if save_dir.is_symlink() or (save_dir.exists() and not save_dir.is_dir()):
         raise ValueError(f"--save is {str(save_dir)!r}, a file or link, but must be a directory or absent")
     if save_dir.is_dir() and any(save_dir.iterdir()):
         raise ValueError(f"--save is {str(save_dir)!r}, which is not empty, but must be an empty directory or absent")
+    existing = next(parent for parent in save_dir.absolute().parents if os.path.lexists(parent))
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"--save is {str(save_dir)!r}, but {str(existing)!r} is no directory that can be written")
 
 
 def write_quantised(

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_fipo.config import require
 from megatron_fipo.weights.architecture import DTYPES, Architecture, hf_shapes
 
 SINGLE_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
@@ -142,6 +143,10 @@ def check_hf_shapes(arch: Architecture, weights: HFWeights) -> None:
 
     Reads headers only, but for a tied model that carries lm_head.weight all the same: then it must equal the embedding.
     """
+    experts = arch.num_layers * (arch.num_moe_experts or 0)
+    for what, count in (("num_hidden_layers", arch.num_layers), ("num_hidden_layers x num_experts", experts)):
+        known = f"at most the number of tensors in {weights.directory} ({len(weights.names)})"
+        require(count <= len(weights.names), f"{weights.directory}/config.json: {what}", count, known)
     wanted, found = hf_shapes(arch), {name for name in weights.names if not IGNORED.fullmatch(name)}
     tied_extra = {"lm_head.weight"} & found if arch.tied else set()
     missing, unexpected = sorted(wanted.keys() - found), sorted(found - wanted.keys() - tied_extra)
@@ -280,21 +285,26 @@ def check_replaceable(save_dir: Path, source_dir: Path) -> None:
         return
     if not save_dir.is_dir() or save_dir.is_symlink():
         raise ValueError(f"the export directory {save_dir} is a file or link, but must be a directory or absent")
-    foreign = sorted({path.name for path in save_dir.iterdir()} - _files_of_export(save_dir / EXPORT_RECEIPT))
+    foreign = sorted({path.name for path in save_dir.iterdir()} - _files_of_export(save_dir))
     if foreign:
         raise ValueError(
             f"the export directory {save_dir} holds {_first_few(foreign)}, "
-            "but must be absent, empty or an earlier export with nothing added"
+            "but must be absent, empty or an earlier export with nothing added or changed since"
         )
 
 
-def _files_of_export(receipt: Path) -> set[str]:
-    """The files that an earlier export's receipt lists, and itself; none if there is no receipt."""
+def _files_of_export(directory: Path) -> set[str]:
+    """The files that an earlier export's receipt lists and that are as large, and no newer; the receipt itself."""
+    receipt = directory / EXPORT_RECEIPT
     if not receipt.is_file():
         return set()
     try:
-        return {*json.loads(receipt.read_text(encoding="utf-8"))["size_bytes"], receipt.name}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        sizes = dict(json.loads(receipt.read_text(encoding="utf-8"))["size_bytes"])
+        found = {name: (directory / name).stat() for name in sizes if (directory / name).is_file()}
+        end = receipt.stat().st_mtime_ns
+        same = {name for name, at in found.items() if at.st_size == sizes[name] and at.st_mtime_ns <= end}
+        return {*same, receipt.name}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError):
         raise ValueError(f"{receipt} is not the receipt of an export: remove it with its directory") from None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import types
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch.serialization import set_crc32_options
 
 from megatron_fipo import conversion_check
-from megatron_fipo.actor.conversion import megatron_to_hf
+from megatron_fipo.actor.conversion import hf_to_megatron, megatron_to_hf
 from megatron_fipo.actor.torch_dist_files import StoredTensors, TorchDistWriter, _save, read_common
 from megatron_fipo.weights.hf_files import HFWeights
 
@@ -218,6 +219,30 @@ def test_what_stops_a_write_is_what_is_raised(error: BaseException) -> None:
     with pytest.raises(type(error)) as raised:
         _save(torch.ones(3), Failing(error))  # type: ignore[arg-type]
     assert raised.value is error
+
+
+def test_an_export_that_was_edited_is_not_replaced(
+    megatron: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert back(megatron, model, capsys) == (0, "")
+    assert back(megatron, model, capsys) == (0, "")
+    edited = megatron.parent / "back" / "model.safetensors"
+    content = edited.read_bytes()
+    for change in (content[:-4] + b"mine", content + b"mine"):
+        edited.write_bytes(change)
+        capsys.readouterr()
+        options = ("--hf-checkpoint", model, "--save", edited.parent)
+        assert run("megatron_to_hf", "--load", megatron, *options) == 2
+        assert "holds model.safetensors, but must be absent, empty or an earlier export" in capsys.readouterr().err
+        assert edited.read_bytes() == change
+
+
+def test_layers_that_no_file_holds_are_refused_at_once(model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "hf")
+    config = json.loads((model / "config.json").read_text()) | {"num_hidden_layers": 10**9, "layer_types": None}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="num_hidden_layers is 1000000000, but must be at most the number of tensors"):
+        hf_to_megatron(tmp_path / "hf", tmp_path / "out")
 
 
 def test_an_interrupted_replacement_gives_the_earlier_export_its_name_back(megatron: Path, model: Path) -> None:

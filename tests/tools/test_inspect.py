@@ -204,6 +204,11 @@ def test_a_quantised_model_is_told_as_such(
         "u": {"shape": [2], "dtype": "uint16", "size_bytes": 4},
         "w": {"shape": [2, 3], "dtype": "float8_e4m3fn", "size_bytes": 6},
     }
+    shutil.copytree(tmp_path / "hf", tmp_path / "other")
+    tensors["w"][1, 2] = 2.5
+    save_file(tensors | {"scale": torch.tensor(torch.inf)}, tmp_path / "other" / "model.safetensors")
+    assert run("inspect_checkpoint", tmp_path / "hf", "--diff", tmp_path / "other", "--json") == 1
+    assert json.loads(capsys.readouterr().out)["values"] == {"scale": "inf", "w": 1.5}
 
 
 @pytest.mark.parametrize("content", ["nothing", "a legacy checkpoint", "a tracker of nothing", "a tracker of words"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from megatron_fipo.quantization.checkpoint import stored_dtype
+from megatron_fipo.weights.architecture import read_architecture
 from megatron_fipo.weights.hf_files import HFWeights
 
 QUESTIONS = [f"{a} + {b} is" for a in range(3, 15, 2) for b in range(2, 4)]
@@ -61,7 +64,7 @@ def words(model_dir: Path, files: dict[str, Path], save: Path, **changes: Any) -
     """The flags of a run on the tiny model, with `changes`; one that is None is left out."""
     flags: dict[str, Any] = {
         "hf_checkpoint": model_dir,
-        "save": save,
+        "save": changes.pop("save_dir", save),
         "format": "fp8",
         "calibration_data": files["calibration"],
         "calibration_seq_length": 64,
@@ -154,6 +157,11 @@ def test_the_same_run_writes_the_same_bytes(model_dir: Path, files: dict[str, Pa
         ({"group_size": 32}, "--group-size is 32, but must be left out: it is for --format int4-awq"),
         ({"format": "int4-awq", "group_size": 48}, "--group-size is 48, but must be one of [64, 32]"),
         ({"format": "nvfp4"}, "--format is 'nvfp4', but must be fp8 or int4-awq on a CPU"),
+        ({"save_dir": ""}, "--save is '' or the working directory, but must be a directory of its own"),
+        (
+            {"save_dir": "/dev/null/out"},
+            "--save is '/dev/null/out', but '/dev/null' is no directory that can be written",
+        ),
         ({"hf_checkpoint": "nowhere"}, "nowhere/config.json cannot be read"),
         ({"tpyo": 1}, "unrecognized arguments: --tpyo 1"),
     ],
@@ -210,6 +218,35 @@ def test_directories_that_hold_something_and_families_that_are_not_ours_are_refu
     (tmp_path / "other" / "config.json").write_text('{"model_type": "gpt2"}')
     assert run("quantize", *words(tmp_path / "other", files, tmp_path / "out")) == 2
     assert "model_type is 'gpt2', but must be one of" in capsys.readouterr().err
+
+
+def test_a_tokenizer_of_a_larger_vocabulary_is_refused(
+    model_dir: Path, files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(model_dir, tmp_path / "model")
+    make_model("llama", tied=False, vocab_size=60, hidden_size=64, intermediate_size=128).save_pretrained(
+        tmp_path / "model"
+    )
+    assert run("quantize", *words(tmp_path / "model", files, tmp_path / "out")) == 2
+    assert "but must be less than config.json's vocab_size 60" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("named", "held", "wanted"),
+    [
+        (None, torch.float16, torch.float16),
+        ("float16", torch.float32, torch.float16),
+        ("float16", torch.bfloat16, torch.bfloat16),
+        ("bfloat16", torch.float32, torch.bfloat16),
+    ],
+)
+def test_what_stays_is_stored_as_the_files_are(
+    named: str | None, held: torch.dtype, wanted: torch.dtype, tmp_path: Path
+) -> None:
+    make_model("llama", tied=False, num_hidden_layers=1).to(held).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": named}))
+    assert stored_dtype(read_architecture(tmp_path), HFWeights(tmp_path)) == wanted
 
 
 def test_a_disk_that_is_full_ends_in_one_line_and_leaves_nothing(
