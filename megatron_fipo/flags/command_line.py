@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_fipo.flags.megatron_ignored import IGNORED_FLAGS, ignored_note
+from megatron_fipo.flags.megatron_ignored import ignored_note
 from megatron_fipo.flags.megatron_lm_names import FORMER_FLAGS, MEGATRON_LM_FLAGS
 from megatron_fipo.flags.megatron_unsupported import NEWER_CORE, unsupported_reason
 from megatron_fipo.flags.option import VALUE, Option, parse_value
@@ -41,12 +41,11 @@ def read_arguments(argv: Sequence[str], options: Sequence[Option]) -> tuple[dict
     last_words = dict(_flags_with_values(argv))
     for flag, values in last_words.items():
         option = by_flag.get(flag)
-        if option is None and flag not in IGNORED_FLAGS:
-            errors.append(_explain(flag, by_flag))
-            continue
         try:
             note = ignored_note(flag, values, is_option=option is not None)
-            if note is None:
+            if note is None and option is None:
+                errors.append(_explain(flag, by_flag))
+            elif note is None:
                 assert option is not None
                 _give(given, option, flag, _value(flag, values, option))
             elif note:

@@ -199,6 +199,14 @@ SILENT: Mapping[str, str] = {
 """What is so anyway needs no note: flag -> its values."""
 
 
+AS_IT_IS: Mapping[str, str] = {
+    "--moe-router-group-topk": "1",
+    "--moe-router-num-groups": "1",
+    "--moe-router-topk-scaling-factor": r"1(\.0*)?",
+    "--moe-shared-expert-intermediate-size": "0",
+}
+"""Values with which flags that are otherwise refused change nothing."""
+
 _SHOWN = 40
 
 
@@ -213,6 +221,8 @@ def ignored_note(flag: str, values: Sequence[str], *, is_option: bool) -> str | 
         if rule is None or not values or not all(re.fullmatch(rule.allowed, value) for value in values):
             return None
         return f"{flag} {text} has no effect: {rule.because}"
+    if flag in AS_IT_IS and re.fullmatch(AS_IT_IS[flag], text):
+        return ""
     if flag not in IGNORED_FLAGS:
         return None
     only = ONLY_VALUES.get(flag)

@@ -245,6 +245,12 @@ def test_what_is_off_is_off_and_what_trains_nothing_is_noted() -> None:
     assert (settings.run.wandb_project, settings.run.wandb_exp_name) == (None, None)
     assert settings.notes == ("--wandb-exp-name has no effect without --wandb-project",)
     assert parse_arguments([*base, "--lr", "0"]).notes == ("--lr 0 trains nothing",)
+    groups = ["--moe-router-num-groups", "1", "--moe-router-group-topk", "1"]
+    assert parse_arguments([*base, *groups, "--moe-router-topk-scaling-factor", "1.0"]).notes == ()
+    with pytest.raises(
+        ValueError, match="--moe-router-topk-scaling-factor is a Megatron-LM flag that is not supported"
+    ):
+        parse_arguments([*base, "--moe-router-topk-scaling-factor", "2.5"])
     (note,) = parse_arguments([*base, "--no-load-optim"]).notes
     assert "--load goes on with optimizer, random states and step" in note
 
@@ -287,6 +293,17 @@ def test_the_pair_differs_in_the_entry_point_and_one_array(tmp_path: Path) -> No
     settings = parse_arguments(program_words(after, tmp_path))
     assert settings.batch.global_batch_size == 256
     assert len(settings.notes) == len({note.split()[0] for note in settings.notes}) == 13
+
+
+def test_the_command_of_the_readme_fits_8_gpus_of_80_gib() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Training your own\n")[2]
+    command = text[text.index("python -m megatron_fipo.launch") :].partition("\n\n")[0]
+    launcher, _, words = command.replace("\\\n", " ").partition("-m megatron_fipo.train")
+    assert "--nproc-per-node 8" in launcher
+    parse_arguments(words.split())
+    model = Path(__file__).with_name("recipe_models") / "Qwen2.5-Math-7B-32k"
+    here = ["--hf-checkpoint", str(model), "--nodes", "1", "--gpus-per-node", "8", "--gpu-memory-gib", "80"]
+    assert plan_given_layout(parse_plan([*words.split(), *here])).plan.problems == ()
 
 
 def test_the_pair_fits_8_gpus_of_80_gib(tmp_path: Path) -> None:
