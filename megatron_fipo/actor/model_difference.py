@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_fipo.actor.inspection import find_any_checkpoint
 from megatron_fipo.actor.megatron_weights import MegatronWeights
 from megatron_fipo.actor.torch_dist_files import StoredTensors
-from megatron_fipo.weights.architecture import Architecture, read_architecture
+from megatron_fipo.weights.architecture import Architecture, read_architecture, read_config
 from megatron_fipo.weights.hf_files import IGNORED, HFWeights
 from megatron_fipo.weights.stored_names import OPTIMIZER_KEY
 
@@ -42,7 +42,8 @@ def model_difference(
     is given, else under the keys of torch_dist. Raises ValueError for a directory that is neither."""
     paths = (Path(one), Path(other))
     of_hf = next((path for path in (*paths, *([Path(hf_dir)] if hf_dir else [])) if _is_hf(path)), None)
-    arch = None if of_hf is None else read_architecture(of_hf)
+    are_alike = all(map(_is_hf, paths))  # then nothing is translated, and the models may be of any family
+    arch = None if of_hf is None or are_alike else read_architecture(of_hf)
     first, second = (_names_and_source(path, arch) for path in paths)
     found = ModelDifference()
     names = sorted(first.names | second.names)
@@ -69,18 +70,16 @@ class _Side:
 
 def _names_and_source(path: Path, arch: Architecture | None) -> _Side:
     if _is_hf(path):
-        weights = HFWeights(path)
-        return _Side({name for name in weights.names if not _is_superfluous(name, arch)}, weights.read_stored)
+        weights, is_tied = HFWeights(path), read_config(path).get("tie_word_embeddings") is True
+        superfluous = {name for name in weights.names if IGNORED.fullmatch(name)}
+        superfluous |= {"lm_head.weight"} if is_tied else set()
+        return _Side(set(weights.names) - superfluous, weights.read_stored)
     directory = find_any_checkpoint(path)
     if arch is not None:
         model = MegatronWeights(directory, arch)
         return _Side(set(model.names), model.read)
     stored = StoredTensors(directory)
     return _Side({key for key in stored.tensors if not OPTIMIZER_KEY.match(key)}, stored.read)
-
-
-def _is_superfluous(name: str, arch: Architecture | None) -> bool:
-    return bool(IGNORED.fullmatch(name)) or (arch is not None and arch.tied and name == "lm_head.weight")
 
 
 def _is_hf(path: Path) -> bool:

@@ -366,7 +366,7 @@ def _dtypes_in(directory: Path) -> set[torch.dtype]:
     """Of the tensors in `directory`; none where it holds no model that could be read, only a configuration."""
     try:
         weights = HFWeights(directory)
-        return {weights.dtype(name) for name in weights.names}
+        return {weights.dtype(name) for name in weights.names if not IGNORED.fullmatch(name)}
     except ValueError:
         return set()
 
