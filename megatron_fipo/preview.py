@@ -1,6 +1,6 @@
 """What a start would say of a command line, found in one process and without a GPU: `--print-config`.
 
-All checks of a start are made but those that need its ranks, its GPUs, its graders or its engines.
+All checks of a start are made but megatron-core's own and those that need the ranks, GPUs, graders or engines.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from megatron_fipo.problems import read_problems
 from megatron_fipo.rewards import reward_name
 from megatron_fipo.weights.architecture import Architecture, check_layout, read_architecture
 from megatron_fipo.weights.fp8 import check_fp8
+from megatron_fipo.weights.hf_files import HFWeights, check_hf_shapes
 
 MOST_DATA_BYTES = 16 * 2**20  # of prompt files that are read for this: a few seconds
 
@@ -68,6 +69,7 @@ def preview(settings: Settings, environment: Mapping[str, str]) -> tuple[tuple[s
             found.of(check_layout, arch, layout)
             found.of(check_engine_layout, settings.engine, arch)
             found.of(check_checkpoint, settings, layout)
+            found.of(_check_weights, settings.run.hf_checkpoint, arch)  # whatever was said of the architecture
             notes += _check_on_device(settings, arch, layout, found)
     else:
         notes.append("--hf-checkpoint is not given, which a start needs: nothing was compared with the model")
@@ -78,6 +80,10 @@ def preview(settings: Settings, environment: Mapping[str, str]) -> tuple[tuple[s
     if settings.rollout.replay_rollouts is None:
         notes += _check_data(settings, found)
     return tuple(found.problems), tuple(notes)
+
+
+def _check_weights(directory: str, arch: Architecture) -> None:
+    check_hf_shapes(arch, HFWeights(directory))
 
 
 def _layout(

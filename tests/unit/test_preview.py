@@ -112,6 +112,13 @@ def test_weights_of_another_shape_are_a_problem(model: Path) -> None:
     assert "model.layers.0.mlp" in problem
 
 
+def test_missing_weights_are_named_beside_flags_that_contradict_the_checkpoint(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    problems, _ = seen(model, "--hidden-size", "64")
+    assert [problem.split()[0] for problem in problems] == ["--hidden-size", str(model)]
+    assert "holds neither model.safetensors nor" in problems[1]
+
+
 def test_what_cannot_be_known_here_is_a_note(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_fipo.preview.torch.cuda.is_available", lambda: False)
     problems, notes = seen(model, "--tensor-model-parallel-size", "6", "--use-nccl-ub", environment={})
