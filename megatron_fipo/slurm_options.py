@@ -11,7 +11,7 @@ from megatron_fipo.config import require
 
 PROGRAM = "megatron_fipo.train"
 LONGEST_EARLY_S = 60  # how much earlier than asked for Slurm may send a signal
-WRITES_TO = ("--save", "--output-dir", "--export-hf", "--record-rollouts", "--tensorboard-dir")
+WRITES_TO = ("--save", "--output-dir", "--export-hf", "--record-rollouts", "--tensorboard-dir", "--config-logger-dir")
 SEED = "--seed"
 
 # sbatch's options that take a value, and those that may stand alone

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_fipo.config import require
-from megatron_fipo.slurm_options import PROGRAM, SlurmJob, asks_for_help, read_command
+from megatron_fipo.slurm_options import PROGRAM, SlurmJob, asks_for_help, read_command, seconds_of
 from megatron_fipo.slurm_script import sbatch_script
 from megatron_fipo.train import RUN_FAILED, USER_ERROR
 
@@ -138,19 +138,33 @@ def describe(job: SlurmJob, job_id: str) -> str:
 
 def _check_partition(job: SlurmJob) -> None:
     """What sbatch would let wait in the queue for ever, or refuse in other words."""
-    done = _slurm("sinfo", "--noheader", "--format", "%R %D")
+    done = _slurm("sinfo", "--all", "--noheader", "--format", "%P|%D|%L|%l")
     if done.returncode != 0:
         raise ValueError(f"Slurm does not answer: {_last_line(done.stderr)}")
     sizes: dict[str, int] = {}
+    limits: dict[str, str] = {}  # of jobs that do not say
+    defaults = []
     for line in done.stdout.splitlines():
-        name, _, count = line.rpartition(" ")
-        sizes[name.strip()] = sizes.get(name.strip(), 0) + (int(count) if count.isdecimal() else 0)
+        name, count, usual, longest = line.strip().split("|")
+        if name.endswith("*"):
+            name = name.removesuffix("*")
+            defaults = [name]
+        sizes[name] = sizes.get(name, 0) + (int(count) if count.isdecimal() else 0)
+        limits[name] = usual if usual != "n/a" else longest
     wanted = job.sbatch.get("partition")
     names = wanted.split(",") if wanted else list(sizes)
     for name in names:
         require(name in sizes, "--partition", name, f"one of {', '.join(sorted(sizes))}")
     largest = max((sizes[name] for name in names), default=0)
     where = f"the partition {wanted}" if wanted else "the largest partition"
+    for name in wanted.split(",") if wanted else defaults:
+        if "time" not in job.sbatch and job.signal_before_s is not None:
+            require(
+                job.signal_before_s < seconds_of(limits[name]),
+                "--time",
+                None,
+                f"given: the partition {name} gives {limits[name]}, and {job.signal_before_s} s of it are for saving",
+            )
     require(job.nodes <= largest, "--nodes", job.nodes, f"at most {largest}, as many as {where} has")
 
 

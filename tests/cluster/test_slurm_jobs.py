@@ -42,7 +42,7 @@ def log_of(directory: Path, job: str) -> str:
 
 
 def started_by_ranks() -> list[tuple[str, set[int]]]:
-    """Command and blocked signals of every living process that the ranks have started: Slurm signals them too."""
+    """Command and ineffective signals of every living process that the ranks have started: Slurm signals them too."""
     found = []
     for pid, command in marked(os.environ[MARK]).items():
         with contextlib.suppress(OSError):
@@ -50,7 +50,10 @@ def started_by_ranks() -> list[tuple[str, set[int]]]:
             is_task = any(entry.startswith(b"SLURM_PROCID=") for entry in environment)
             is_rank = PROGRAM[1] in command and "-m" in command
             if is_task and not is_rank and not command.startswith(("slurm", "srun", "/bin/bash")):
-                mask = int(re.findall(r"SigBlk:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[0], 16)
+                status = Path(f"/proc/{pid}/status").read_text()
+                mask = int(re.findall(r"SigBlk:\s*(\w+)", status)[0], 16)
+                if "megatron_fipo.rewards.worker" in command:  # it has handlers, so that what it starts is not deaf
+                    mask |= int(re.findall(r"SigCgt:\s*(\w+)", status)[0], 16)
                 found.append((command, {number for number in range(1, 65) if mask >> (number - 1) & 1}))
     return found
 

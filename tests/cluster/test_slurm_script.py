@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from slurm_cluster import wait_for
 from slurm_jobs import PROGRAM, Jobs
 
 ARGUMENTS = [
@@ -94,6 +95,7 @@ def test_words_arrive_exactly_and_every_rank_knows_where_to_meet(jobs: Jobs, tmp
         "--comment",
         "it's # 1, a & b",
         "--setup=export A='b c'",
+        "--export=B=1",
     ]
     job = jobs.submit(tmp_path, [*options, "--log-dir=a dir/100%j"], ["show.py", *ARGUMENTS])
     assert jobs.wait(job) == "COMPLETED"
@@ -109,6 +111,24 @@ def test_words_arrive_exactly_and_every_rank_knows_where_to_meet(jobs: Jobs, tmp
     assert "Comment=it's # 1, a & b \n" in jobs.cluster.ask("scontrol", "show", "job", job)
 
 
+def test_tasks_of_an_array_are_requeued_one_by_one(jobs: Jobs, tmp_path: Path) -> None:
+    """The last one's own id is the array's."""
+    (tmp_path / "turn.py").write_text(
+        "import os, pathlib, signal, time\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: os._exit(75))\n"
+        "restarts = os.environ.get('SLURM_RESTART_COUNT', '0')\n"
+        "pathlib.Path(f'{os.environ[\"SLURM_ARRAY_TASK_ID\"]}.{restarts}').touch()\n"
+        "time.sleep(100 if restarts == '0' else 0)\n"
+    )
+    program = ["turn.py", "--save=ckpt", "--auto-resume", "--output-dir=out"]
+    job = jobs.submit(tmp_path, ["--time=10", "--array-seeds=5,6"], program)
+    wait_for("two tasks", lambda: (tmp_path / "0.0").exists() and (tmp_path / "1.0").exists())
+    jobs.cluster.ask("scancel", "--signal=USR1", job)
+    for index in (0, 1):
+        assert jobs.wait(f"{job}_{index}") == "COMPLETED"
+        assert jobs.cluster.field(f"{job}_{index}", "Restarts") == "1"
+
+
 def test_what_the_cluster_does_not_have_is_one_line_and_no_job(jobs: Jobs, tmp_path: Path) -> None:
     program = [*PROGRAM, *jobs.flags(auto_resume=True)]
     (tmp_path / "file").write_text("")
@@ -116,6 +136,10 @@ def test_what_the_cluster_does_not_have_is_one_line_and_no_job(jobs: Jobs, tmp_p
         (["--partition=gpu"], "--partition is 'gpu', but must be one of main, small"),
         (["--nodes=3"], "--nodes is 3, but must be at most 2, as many as the largest partition has"),
         (["-p", "small", "-N", "2"], "--nodes is 2, but must be at most 1, as many as the partition small has"),
+        (
+            ["-p", "small", "--signal-before-s=600"],
+            "--time is None, but must be given: the partition small gives 10:00",
+        ),
         (["--account=x", "--reservation=nobody"], "sbatch refused the job: Batch job submission failed: "),
         (["--time=tomorrow"], "--time is 'tomorrow', but must be as sbatch wants it: "),
         ([f"--log-dir={tmp_path}/file/logs"], f"--log-dir is '{tmp_path}/file/logs', but must be a directory to write"),
