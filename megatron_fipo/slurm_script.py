@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -30,7 +31,7 @@ read_failures() {{
 }}
 CAUSES=$(sed -E '/Terminating StepId|Force Terminated|Job step aborted/Q' "$LOGS/srun.log" | read_failures)
 [[ -n $CAUSES ]] || CAUSES=$(read_failures <"$LOGS/srun.log")
-SAVED='Exited with exit code {requeue}$|User defined signal 1$' # the latter before it could read its flags
+SAVED='Exited with exit code ({saved})$|User defined signal 1$' # the signal may come before a rank knows --save
 FAILURE=$(grep -vE "$SAVED|Terminated$" <<<"$CAUSES" | grep . | head -n 1)
 
 # The reason that a rank gave itself, if it did; that others are gone is none.
@@ -272,6 +273,7 @@ def _latest(job: SlurmJob) -> str:
 def _ending(job: SlurmJob) -> str:
     values = {
         "requeue": REQUEUE,
+        "saved": f"{REQUEUE}|{128 + signal.SIGUSR1}" if job.requeue else REQUEUE,
         "user_error": USER_ERROR,
         "max_failures": job.max_failures,
     }

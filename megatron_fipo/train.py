@@ -50,11 +50,11 @@ def main(arguments: Sequence[str] | None = None, *, ends_process: bool = False) 
     save: str | None = None
     with Signals(ends_process=ends_process) as signals, contextlib.ExitStack() as last:
         last.callback(remove_own_segments)
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            # or else, should the launcher be killed, ranks would write beside those of the next run
-            launcher = os.environ.get(LAUNCHER_PID, "")
-            end_with_parent(launcher=int(launcher) if launcher.isdecimal() else None)
         try:
+            if "TORCHELASTIC_RUN_ID" in os.environ:
+                # or else, should the launcher be killed, ranks would write beside those of the next run
+                launcher = os.environ.get(LAUNCHER_PID, "")
+                end_with_parent(launcher=int(launcher) if launcher.isdecimal() else None)
             try:
                 settings = parse_arguments(arguments, _preview)
                 _check_started(os.environ)
@@ -101,8 +101,10 @@ def _preview(settings: Settings) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def _checked_run(settings: Settings, signals: Signals, is_rank_zero: bool) -> int:
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")  # upstream's notes to its own developers
     from megatron_fipo.checks import check_run
+    from megatron_fipo.cuda_environment import settle_cuda_environment
     from megatron_fipo.problems import open_problems
 
+    settle_cuda_environment(settings, os.environ)  # before anything touches a device
     checked = check_run(settings, os.environ)
     with contextlib.ExitStack() as stack:
         problems = None

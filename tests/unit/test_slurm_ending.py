@@ -115,7 +115,7 @@ def test_a_user_s_error_is_the_job_s_status_and_not_tried_again(tmp_path: Path) 
     assert lines[0].startswith("job 7: rank 0 on n1 failed: error: --lr is -1 (")
 
 
-@pytest.mark.parametrize("first", ["Exited with exit code 75", "User defined signal 1"])
+@pytest.mark.parametrize("first", ["Exited with exit code 75", "Exited with exit code 138", "User defined signal 1"])
 def test_a_run_that_saved_is_requeued_though_a_rank_is_slow_to_leave_and_slurm_is_busy(
     first: str, tmp_path: Path
 ) -> None:
