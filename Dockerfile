@@ -57,10 +57,12 @@ ARG TORCH_CUDA_ARCH_LIST="9.0;10.0"
 ARG MAX_JOBS=8
 
 # PIP_CONSTRAINT: the base image pins its own torch through it. CUDNN_PATH: torch's, which Transformer Engine must be
-# compiled against, since that is what is loaded.
+# compiled against, since that is what is loaded. By NVIDIA_PRODUCT_NAME its setup.py knows NGC's image and takes a wheel
+# made for NGC's torch; NVTE_PYTORCH_FORCE_BUILD: it takes no wheel at all. NGC's image lets torch multiply fp32 in TF32.
 ENV PIP_CONSTRAINT="" PIP_NO_CACHE_DIR=1 VIRTUAL_ENV=/opt/fipo PATH=/opt/fipo/bin:$PATH \
     CUDNN_PATH=/opt/fipo/lib/python3.12/site-packages/nvidia/cudnn \
-    TORCH_CUDA_ARCH_LIST=$TORCH_CUDA_ARCH_LIST NVTE_FRAMEWORK=pytorch MAX_JOBS=$MAX_JOBS
+    TORCH_CUDA_ARCH_LIST=$TORCH_CUDA_ARCH_LIST NVTE_FRAMEWORK=pytorch MAX_JOBS=$MAX_JOBS \
+    NVTE_PYTORCH_FORCE_BUILD=TRUE NVIDIA_PRODUCT_NAME="" TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=0
 
 # hadolint ignore=DL3008
 RUN apt-get update && \

@@ -143,6 +143,19 @@ def test_the_packages_go_together_by_their_metadata(repo_root: Path, stages) -> 
     assert "transformer-engine[core_cu13,pytorch]" in (repo_root / "requirements" / "gpu.txt").read_text()
 
 
+def test_nothing_of_the_base_images_torch_reaches_ours(stages) -> None:
+    words = " ".join(values(stages["gpu"], "ENV")).split()
+    for wanted in (
+        'PIP_CONSTRAINT=""',
+        "NVTE_PYTORCH_FORCE_BUILD=TRUE",  # else Transformer Engine downloads a wheel,
+        'NVIDIA_PRODUCT_NAME=""',  # one for the torch of NGC's image
+        "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=0",
+    ):
+        assert wanted in words
+    kinds = [(kind, "TE" if "requirements/gpu.txt" in value else "") for kind, value in stages["gpu"]]
+    assert kinds.index(("ENV", "")) < kinds.index(("RUN", "TE"))
+
+
 def test_what_runs_and_tests_leave_behind_stays_out_of_the_image(repo_root: Path) -> None:
     ignored = (repo_root / ".dockerignore").read_text().splitlines()
     assert {".git", ".venv", "runs", "**/__pycache__"} <= set(ignored)
