@@ -13,6 +13,7 @@ import torch
 
 from megatron_fipo.arguments import Settings, architecture_differences
 from megatron_fipo.config import require
+from megatron_fipo.cuda_environment import check_allocator
 from megatron_fipo.flags.megatron_table import flag_of_field
 from megatron_fipo.gpu_packages import check_fp8_engines, check_gpu_packages, find_packages
 from megatron_fipo.losses.custom import load_custom_loss
@@ -56,6 +57,8 @@ def check_run(settings: Settings, environment: Mapping[str, str]) -> Checked:
     layout = layout_of(settings, world_size, rank, read_architecture(settings.run.hf_checkpoint).num_layers)
     device = choose_device(settings.megatron.device)
     check_device_flags(settings, layout, device)
+    if device.type == "cuda":
+        check_allocator(settings, environment)
     arch, weights = check_checkpoint(settings, layout)
     check_directories(settings)
     check_wandb(settings)

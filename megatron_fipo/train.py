@@ -132,7 +132,16 @@ def _checked_run(settings: Settings, signals: Signals, is_rank_zero: bool) -> in
 
 def _check_started(environment: Mapping[str, str]) -> None:
     """What a batch script can forget; torchrun does not. Raises ValueError."""
-    if "RANK" in environment or "SLURM_PROCID" not in environment:
+    if "RANK" in environment:
+        num_ranks, num_tasks = environment.get("WORLD_SIZE", ""), environment.get("SLURM_STEP_NUM_TASKS", "")
+        counts = num_ranks.isdecimal() and num_tasks.isdecimal() and "TORCHELASTIC_RUN_ID" not in environment
+        if counts and int(num_ranks) < int(num_tasks):
+            raise ValueError(
+                f"WORLD_SIZE is {num_ranks}, but srun started {num_tasks} tasks: unset RANK, WORLD_SIZE, LOCAL_RANK and "
+                "their like in the batch script, or start with torchrun"
+            )
+        return
+    if "SLURM_PROCID" not in environment:
         return
     if "SLURM_STEP_ID" not in environment:  # the variables of a batch script are those of a rank 0
         raise ValueError("this is a Slurm job, but no task of srun: start with srun, or with torchrun")

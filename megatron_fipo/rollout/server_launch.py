@@ -138,6 +138,7 @@ def server_environment(start: ServerStart, scratch_dir: str) -> dict[str, str]:
     environment["NCCL_SOCKET_IFNAME"] = interface_name(start.host)
     environment["FORWARDED_ALLOW_IPS"] = "127.0.0.1"  # nobody else may claim another address (uvicorn)
     if not start.use_cpu:
+        environment.pop("TORCHDYNAMO_DISABLE", None)  # of a shell in which something ran on the CPU
         return environment
     environment.setdefault("OMP_NUM_THREADS", "1")
     environment["TORCHDYNAMO_DISABLE"] = "1"
