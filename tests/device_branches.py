@@ -38,7 +38,6 @@ ALLOWED: dict[str, dict[str, str]] = {
         'self._memory: dict[Part, _MainMemory] = {part: _MainMemory(pinned=device.type == "cuda") for part in PARTS}': (
             MEMORY
         ),
-        'if self._device.type == "cuda":': MEMORY,
         "torch.cuda.ipc_collect()  # buckets that an engine let go of later than we did": MEMORY,
         "torch.cuda.empty_cache()": MEMORY,
         'if device.type == "cuda":': ASYNCHRONOUS,
@@ -52,6 +51,7 @@ ALLOWED: dict[str, dict[str, str]] = {
     },
     "megatron_fipo/actor/setup.py": {'backend = "nccl" if device.type == "cuda" else "gloo"': BACKEND},
     "megatron_fipo/checks.py": {ANY_LINE: BEFORE},
+    "megatron_fipo/conversion_check.py": {ANY_LINE: PATCHES},
     "megatron_fipo/engine_nodes.py": {'use_cpu=device.type == "cpu",': PATCHES},
     "megatron_fipo/flags/megatron_meaning.py": {ANY_LINE: BEFORE},
     "megatron_fipo/hybrid/memory.py": {ANY_LINE: MEMORY},
@@ -64,6 +64,7 @@ ALLOWED: dict[str, dict[str, str]] = {
     "megatron_fipo/ops/fipo_terms.py": {ANY_LINE: KERNEL},
     "megatron_fipo/ops/future_kl.py": {ANY_LINE: KERNEL},
     "megatron_fipo/plan_arguments.py": {ANY_LINE: BEFORE},
+    "megatron_fipo/preview.py": {ANY_LINE: BEFORE},
     "megatron_fipo/quantization/checkpoint.py": {ANY_LINE: BEFORE},
     "megatron_fipo/rollout/distributed_update.py": {
         "if flat.is_cuda:": ASYNCHRONOUS,
