@@ -1,8 +1,8 @@
 """The FIPO loss forward and backward, fused, from tensor operations, and those under torch.compile: time and memory.
 
-Times are medians of runs in turns in one process, pinned to its cores. Memory is the peak of a second run, above what
-a process of its own held with the inputs in place: resident size on a CPU, allocated memory on CUDA. It includes the
-gradient and what the loss hands on: Future-KL, influence weights, token statistics.
+Times are medians of runs in turns in one process, on a CPU pinned to its cores. Memory is the peak of a second run,
+above what a process of its own held with the inputs in place: resident size on a CPU, allocated memory on CUDA. It
+includes the gradient and what the loss hands on: Future-KL, influence weights, token statistics.
 
     python benchmarks/fused_loss.py [--shape 64,20480] [--device cuda]
 
@@ -52,9 +52,10 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # log-probs, old ones, a
 def main() -> None:
     """Measure every contestant at every shape and print one table."""
     options = _parse()
-    torch.set_num_threads(options.threads)
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
     device = torch.device(options.device)
+    if device.type == "cpu":  # torch.compile for CUDA has its workers on every core
+        torch.set_num_threads(options.threads)
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
     if options.child:
         print(json.dumps(extra_memory(make_loss(options.child), options.shape[0], device)))
         return

@@ -108,7 +108,8 @@ def run_child(options: argparse.Namespace) -> dict[str, float | str]:
         return {"failed": ABSENT}
     (num_tokens, hidden_size, vocab_size), device = options.shape[0], torch.device(options.device)
     torch.set_num_threads(options.threads)
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
+    if device.type == "cpu":
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
     generator = torch.Generator(device).manual_seed(0)
     dtype = DTYPES[options.dtype]
     hidden = torch.randn(num_tokens, hidden_size, generator=generator, device=device, dtype=dtype)

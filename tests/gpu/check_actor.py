@@ -19,10 +19,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from checking import Skip, add_paths, arguments, require, require_close, require_modules, run_check
+from checking import Skip, add_paths, arguments, exact_fp32, require, require_close, require_modules, run_check
 
 add_paths("tests", "tests/distributed")
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+OF_FAMILY: dict[str, dict[str, int]] = {  # what packed attention and grouped kernels take
+    "qwen3": {"head_dim": 64},
+    "qwen3_moe": {"head_dim": 64, "moe_intermediate_size": 128},
+}
 NUM_SEQUENCES = 16
 TOLERANCE = {"fp32": 2e-5, "bf16": 0.01, "fp8": 0.12, "fp4": 0.6}  # fp32: of the largest log-prob; else on average
 
@@ -35,7 +39,7 @@ def check(options: argparse.Namespace, device: torch.device) -> str:
 
     transformer = fields_of(options, device)
     with tempfile.TemporaryDirectory() as directory:
-        model = make_model(options.family, tied=options.family == "qwen2", **SIZES)
+        model = make_model(options.family, tied=options.family == "qwen2", **SIZES, **OF_FAMILY.get(options.family, {}))
         model.save_pretrained(directory)  # before the process group is there: after it, only its first rank would save
         layout, groups = join(options.layout, device)
         actor = build(directory, layout, groups, device, options, transformer)
@@ -164,4 +168,7 @@ if __name__ == "__main__":
     parser.add_argument("--family", default="qwen2", choices=("qwen2", "qwen3", "llama", "qwen3_moe"))
     parser.add_argument("--field", nargs="*", default=[], help="of TransformerConfig: moe_grouped_gemm=true")
     parser.add_argument("--layout", nargs="*", default=[], help="such as tp=2 sp=1; the rest of the ranks is dp")
-    sys.exit(run_check(check, parser.parse_args()))
+    chosen = parser.parse_args()
+    if not (chosen.bf16 or chosen.fp8_recipe):
+        exact_fp32(os.environ)
+    sys.exit(run_check(check, chosen))

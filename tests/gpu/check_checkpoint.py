@@ -2,19 +2,21 @@
 
     python tests/gpu/check_checkpoint.py [--transformer-impl transformer_engine] [--fp8-recipe delayed]
 
-With delayed scaling the scales and their histories are part of it.
+With delayed scaling the scales and their histories are part of it. Kernels are asked to sum in one order: the update
+afterwards repeats bit for bit only where they do.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from check_actor import SIZES, build, fields_of, join, step
-from checking import add_paths, arguments, require, require_modules, run_check
+from checking import add_paths, arguments, repeatable_updates, require, require_modules, run_check
 
 add_paths("tests", "tests/distributed")
 
@@ -56,4 +58,5 @@ if __name__ == "__main__":
     parser.add_argument("--transformer-impl", choices=("local", "transformer_engine"), default="local")
     parser.add_argument("--fp8-recipe", choices=("delayed", "tensorwise", "blockwise", "mxfp8"))
     parser.set_defaults(bf16=True)
+    repeatable_updates(os.environ)
     sys.exit(run_check(check, parser.parse_args()))

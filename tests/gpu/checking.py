@@ -11,7 +11,7 @@ import importlib.util
 import json
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from pathlib import Path
 
 import torch
@@ -68,6 +68,18 @@ def require_gpus(device: torch.device, count: int) -> None:
     """Raises Skip where there are fewer; on the CPU any number of processes will do."""
     if device.type == "cuda" and torch.cuda.device_count() < count:
         raise Skip(f"{count} GPUs are needed, {torch.cuda.device_count()} are visible")
+
+
+def exact_fp32(environment: MutableMapping[str, str]) -> None:
+    """fp32 products in fp32, before CUDA starts: Transformer Engine asks cuBLAS for TF32, whatever torch's settings."""
+    environment["NVIDIA_TF32_OVERRIDE"] = "0"
+
+
+def repeatable_updates(environment: MutableMapping[str, str]) -> None:
+    """Sums in one order, before CUDA starts: torch's, cuBLAS's, and Transformer Engine's attention."""
+    environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    environment["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
