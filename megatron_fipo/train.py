@@ -137,8 +137,8 @@ def _check_started(environment: Mapping[str, str]) -> None:
         counts = num_ranks.isdecimal() and num_tasks.isdecimal() and "TORCHELASTIC_RUN_ID" not in environment
         if counts and int(num_ranks) < int(num_tasks):
             raise ValueError(
-                f"WORLD_SIZE is {num_ranks}, but srun started {num_tasks} tasks: unset RANK, WORLD_SIZE, LOCAL_RANK and "
-                "their like in the batch script, or start with torchrun"
+                f"WORLD_SIZE is {num_ranks}, but srun started {num_tasks} tasks: unset RANK, WORLD_SIZE, LOCAL_RANK "
+                "and their like in the batch script, or start with torchrun"
             )
         return
     if "SLURM_PROCID" not in environment:

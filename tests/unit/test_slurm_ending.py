@@ -11,6 +11,7 @@ import pytest
 
 from megatron_fipo.slurm_options import read_command
 from megatron_fipo.slurm_script import sbatch_script
+from megatron_fipo.train import _check_started
 
 PROGRAM = ["-m", "megatron_fipo.train", "--save", "ckpt", "--auto-resume", "--output-dir", "out"]
 ENDS_OTHERS = "srun: launch/slurm: _step_signal: Terminating StepId=7.0"
@@ -149,3 +150,11 @@ def test_what_a_launcher_left_in_the_shell_does_not_reach_the_ranks(tmp_path: Pa
     names = {line.partition("=")[0] for line in (tmp_path / "told" / "ranks").read_text().splitlines()}
     assert not names & {*left, "MEGATRON_FIPO_LAUNCHER_PID"}
     assert names >= {"A", "MASTER_ADDR", "MASTER_PORT"}
+
+
+def test_variables_of_another_launcher_are_noticed_among_the_tasks_of_srun() -> None:
+    left = {"RANK": "0", "WORLD_SIZE": "1", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}
+    with pytest.raises(ValueError, match="WORLD_SIZE is 1, but srun started 2 tasks: unset RANK"):
+        _check_started(left)
+    _check_started({**left, "WORLD_SIZE": "2"})
+    _check_started({**left, "TORCHELASTIC_RUN_ID": "x"})
