@@ -77,3 +77,38 @@ def test_a_cable_that_is_pulled_ends_the_run_on_both_machines_with_a_reason(
         assert said == [f"error: another rank ended, or cannot be reached any more (at {other.address})"]
         assert "Traceback" not in output.read_text()
     assert time.monotonic() - began < NODE_TIMEOUT_S + 60.0
+
+
+def test_a_machine_that_vanishes_while_data_is_under_way_to_it_is_noticed_in_time(
+    nodes: tuple[Node, Node], start: Start, tmp_path: Path
+) -> None:
+    """Linux alone would go on sending for a quarter of an hour, and does not probe meanwhile."""
+    (tmp_path / "read.py").write_text(
+        f"import socket\npeer, _ = socket.create_server(('', {PORT})).accept()\nwhile peer.recv(1 << 20): pass\n"
+    )
+    (tmp_path / "send.py").write_text(
+        "import socket, time\n"
+        "from megatron_fipo.connections import notice_lost_machines\n"
+        "deadline = time.monotonic() + 30.0\n"
+        "while True:\n"
+        "    try:\n"
+        f"        peer = socket.create_connection(('{nodes[1].address}', {PORT}))\n"
+        "        break\n"
+        "    except ConnectionRefusedError:\n"
+        "        assert time.monotonic() < deadline\n"
+        "        time.sleep(0.1)\n"
+        "notice_lost_machines(4)\n"
+        "print('up', flush=True)\n"
+        "while True:\n"
+        "    peer.sendall(bytes(1 << 16))\n"
+    )
+    start(nodes[1], [sys.executable, "read.py"], tmp_path / "read.txt", tmp_path)
+    sender = start(nodes[0], [sys.executable, "send.py"], tmp_path / "send.txt", tmp_path)
+    wait_for("a connection", lambda: "up" in (tmp_path / "send.txt").read_text())
+    time.sleep(1.0)
+    assert sender.poll() is None, (tmp_path / "send.txt").read_text()
+    nodes[1].wire("down")
+    began = time.monotonic()
+    assert sender.wait(30.0) == 1
+    assert time.monotonic() - began > 3.0
+    assert re.search("BrokenPipeError|ConnectionResetError", (tmp_path / "send.txt").read_text())
