@@ -53,7 +53,10 @@ def test_ranks_are_one_per_gpu_unless_said_otherwise() -> None:
         (["--max-failures=1", "--no-requeue"], "--max-failures is 1, but must be 0 with --no-requeue"),
         (["--requeue", "--no-requeue"], "--requeue is 'given', but must be absent with --no-requeue"),
         (["--master-port=80"], "--master-port is 80, but must be in [1024, 65536)"),
-        (["--sbatch-option=--array=0-3"], "--sbatch-option is '--array=0-3', but must be something else: --array-seeds makes"),
+        (
+            ["--sbatch-option=--array=0-3"],
+            "--sbatch-option is '--array=0-3', but must be something else: --array-seeds makes",
+        ),
         (["--sbatch-option=--output x"], "--sbatch-option is '--output x', but must be something else: the logs lie"),
         (["-G16", "-N2"], "--gpus is '16', but must be given as --gpus-per-node, or with --ntasks-per-node"),
         (["--gres=gpu:8(S:0-1)"], "--gres is 'gpu:8(S:0-1)', but must be a count of each node's GPUs"),
