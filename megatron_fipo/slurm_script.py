@@ -241,10 +241,7 @@ def _srun(job: SlurmJob) -> list[str]:
         f"NAME={name}",
         f'LOGS={directory}/"$NAME.${{SLURM_RESTART_COUNT:-0}}"',
         *([f'FAILURES={directory}/"$NAME.failed-nodes"'] if job.max_failures else []),
-        *(
-            [f'IDLE={directory}/"$NAME.idle-starts"', f"STEP=$(cat {_latest(job)} 2>/dev/null)"]
-            * _counts_idle_starts(job)
-        ),
+        *_idle_starts(job, directory),
         'mkdir -p "$LOGS"',
         "printf 'job %s: start %s on %s, ranks meet at %s:%s, logs in %s\\n' \\",
         '    "$NAME" "${SLURM_RESTART_COUNT:-0}" "$SLURM_JOB_NODELIST" "$MASTER_ADDR" "$MASTER_PORT" "$LOGS"',
@@ -263,6 +260,12 @@ def _srun(job: SlurmJob) -> list[str]:
 def _counts_idle_starts(job: SlurmJob) -> bool:
     """Whether the script can see by the checkpoints that nothing comes of the job's starts."""
     return job.requeue and not job.container and job.program[:2] == ("-m", PROGRAM)
+
+
+def _idle_starts(job: SlurmJob, directory: str) -> list[str]:
+    if not _counts_idle_starts(job):
+        return []
+    return [f'IDLE={directory}/"$NAME.idle-starts"', f"STEP=$(cat {_latest(job)} 2>/dev/null)"]
 
 
 def _latest(job: SlurmJob) -> str:

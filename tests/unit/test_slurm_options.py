@@ -74,7 +74,9 @@ def test_a_job_that_is_requeued_must_save_and_resume() -> None:
         with pytest.raises(ValueError, match=f"{missing} of the program .* or say --no-requeue"):
             job(program=rest)
         assert not job("--no-requeue", program=rest).requeue
-    assert job("--no-requeue", program=PROGRAM[:2] + PROGRAM[5:]).signal_before_s is None
+    unsaved = job("--no-requeue", program=PROGRAM[:2] + PROGRAM[5:])
+    assert unsaved.signal_before_s is None
+    assert "idle-starts" not in sbatch_script(unsaved, [])
     with pytest.raises(ValueError, match="the program"):
         read_command(["--nodes=2"])
 
