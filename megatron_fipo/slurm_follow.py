@@ -25,13 +25,11 @@ def follow(job: SlurmJob, job_id: str, *, look_every_s: float = LOOK_EVERY_S) ->
     """
     print("following; Ctrl-C stops that, and leaves the job alone", flush=True)
     shown: dict[str, str] = {}
-    seen: dict[str, dict[str, str]] = {}  # Slurm forgets a task some minutes after its end
+    ended: dict[str, dict[str, str]] = {}  # Slurm forgets a task some minutes after its end
     files = _Files(Path(job.log_dir), job_id, with_ranks=not job.seeds)
     try:
         while True:
             tasks = _look(job_id)
-            if tasks is None and seen and all(task["JobState"] in ENDED for task in seen.values()):
-                tasks = {}
             if tasks is None:
                 print("Slurm does not know the job any more, or does not answer", file=sys.stderr)
                 return RUN_FAILED
@@ -40,9 +38,9 @@ def follow(job: SlurmJob, job_id: str, *, look_every_s: float = LOOK_EVERY_S) ->
                     print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
                     shown[name] = line
             files.show()
-            seen.update(tasks)
-            if all(task["JobState"] in ENDED for task in (tasks or seen).values()):
-                return next((status for task in seen.values() if (status := _status(task))), 0)
+            ended = {name: task for name, task in {**ended, **tasks}.items() if task["JobState"] in ENDED}
+            if all(name in ended for name in tasks):
+                return next((status for task in ended.values() if (status := _status(task))), 0)
             time.sleep(look_every_s)
     except KeyboardInterrupt:
         print(f"\nno longer following; cancel with: scancel {job_id}", file=sys.stderr)

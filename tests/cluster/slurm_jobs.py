@@ -38,7 +38,7 @@ class Jobs:
     def submit(self, directory: Path, options: Sequence[str], program: Sequence[str | Path]) -> str:
         """The id of a job that was submitted."""
         done = self.launch(directory, options, program)
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 0, done.stdout + done.stderr
         found = re.match(r"submitted job (\d+): ", done.stdout)
         assert found is not None, done.stdout
         return found[1]

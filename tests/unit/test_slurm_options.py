@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
-from megatron_fipo.slurm_follow import read_jobs
+from megatron_fipo import slurm_follow
+from megatron_fipo.slurm_follow import follow, read_jobs
 from megatron_fipo.slurm_options import SlurmJob, flag_value, read_command, seconds_of
 from megatron_fipo.slurm_script import quoted, sbatch_script
 
@@ -150,3 +152,18 @@ def test_what_scontrol_says_of_a_job_and_of_an_array_is_read() -> None:
     assert [(name, task["JobState"]) for name, task in read_jobs(text)] == [("6_0", "FAILED"), ("6_1", "PENDING")]
     assert [name for name, _ in read_jobs("JobId=9 JobState=RUNNING Reason=None")] == ["9"]
     assert read_jobs("slurm_load_jobs error: Invalid job id specified\n") == []
+
+
+def test_following_an_array_remembers_a_task_that_slurm_has_forgotten(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    looks = [
+        {"6_0-1": {"JobState": "PENDING"}},
+        {"6_0": {"JobState": "FAILED", "ExitCode": "3:0"}, "6_1": {"JobState": "RUNNING"}},
+        {"6_1": {"JobState": "COMPLETED"}},
+    ]
+    monkeypatch.setattr(slurm_follow, "_look", lambda job_id: looks.pop(0))
+    array = job("--array-seeds=1,2", f"--log-dir={tmp_path}")
+    assert follow(array, "6", look_every_s=0.0) == 3
+    looks += [{"6_0-1": {"JobState": "PENDING"}}, {name: {"JobState": "COMPLETED"} for name in ("6_0", "6_1")}]
+    assert follow(array, "6", look_every_s=0.0) == 0
