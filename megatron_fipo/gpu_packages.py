@@ -25,7 +25,8 @@ TRANSFORMER_ENGINE: Final = "2.20.2"
 OLDEST_TRANSFORMER_ENGINE: Final = "2.3.0"
 """The first with all four FP8 recipes; from here on megatron-core calls it in one and the same way."""
 INSTALL_TRANSFORMER_ENGINE: Final = (
-    f"pip install --no-build-isolation 'transformer-engine[core_cu13,pytorch]=={TRANSFORMER_ENGINE}'"
+    "NVTE_PYTORCH_FORCE_BUILD=TRUE pip install --no-build-isolation "
+    f"'transformer-engine[core_cu13,pytorch]=={TRANSFORMER_ENGINE}'"
 )
 APEX: Final = "26.09"
 """The tag of NVIDIA's repository that the Dockerfile builds; PyPI's `apex` is another project."""

@@ -122,7 +122,7 @@ def test_a_gpu_without_transformer_engine_is_told_what_to_install(
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     for flags in ((), ("--transformer-impl", "transformer_engine")):
-        with pytest.raises(ValueError, match="Transformer Engine is not installed: pip install --no-build-isolation"):
+        with pytest.raises(ValueError, match="Engine is not installed: NVTE_PYTORCH_FORCE_BUILD=TRUE pip install"):
             check_run(parse(checkpoint, *flags, output_dir=tmp_path), ALONE)
     with pytest.raises(ValueError, match="NVIDIA's Apex, but Apex is not installed: APEX_CPP_EXT=1"):
         check_run(parse(checkpoint, "--transformer-impl", "local", output_dir=tmp_path), ALONE)

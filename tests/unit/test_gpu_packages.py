@@ -70,7 +70,7 @@ def test_the_versions_named_are_the_pinned_ones(repo_root: Path) -> None:
 @pytest.mark.parametrize(
     ("version", "message"),
     [
-        ("1.14.0", "is 1.14.0, and must be >= 2.3.0: pip install"),
+        ("1.14.0", "is 1.14.0, and must be >= 2.3.0: .*pip install"),
         ("2.2.0+e5edd6c", r"is 2.2.0\+e5edd6c, and must be >= 2.3.0"),
         ("main", "calls its version 'main', which cannot be compared"),
     ],
