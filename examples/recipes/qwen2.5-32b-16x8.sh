@@ -45,6 +45,7 @@ PYTHON=${PYTHON:-python}
 MODEL=${MODEL:-models/Qwen2.5-32B}
 RUN=${RUN:-runs/fipo-32b}
 NODES=16
+GPU_MEMORY_GIB=80
 GPUS_PER_NODE=8
 
 MODEL_PARALLEL_ARGS=(
@@ -84,19 +85,4 @@ PROGRAM_ARGS=(
     "${MODEL_PARALLEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${FIPO_ARGS[@]}" "${ROLLOUT_ARGS[@]}" "${DATA_ARGS[@]}"
     "${EVAL_AND_LOGGING_ARGS[@]}"
 )
-LAUNCH_ARGS=()
-while [[ $# -gt 0 && $1 != -- ]]; do
-    LAUNCH_ARGS+=("$1") && shift
-done
-PROGRAM_ARGS+=("${@:2}")
-case ${LAUNCH_ARGS[0]:-} in
-    plan)
-        exec "$PYTHON" tools/plan.py "${PROGRAM_ARGS[@]}" \
-            --nodes "$NODES" --gpus-per-node "$GPUS_PER_NODE" --gpu-memory-gib 80 "${LAUNCH_ARGS[@]:1}"
-        ;;
-    --slurm) LAUNCH_ARGS+=(--nodes "$NODES" --gpus-per-node "$GPUS_PER_NODE") ;;
-    *) LAUNCH_ARGS+=(--nnodes "$NODES" --nproc-per-node "$GPUS_PER_NODE" \
-        --node-rank "${NODE_RANK:?the number of this node, from 0 on}" \
-        --master-addr "${MASTER_ADDR:?the address of node 0}" --master-port "${MASTER_PORT:-29500}") ;;
-esac
-exec "$PYTHON" -m megatron_fipo.launch "${LAUNCH_ARGS[@]}" -m megatron_fipo.train "${PROGRAM_ARGS[@]}"
+source examples/recipes/start.bash

@@ -43,6 +43,7 @@ PYTHON=${PYTHON:-python}
 MODEL=${MODEL:-models/Qwen2.5-Math-7B-32k}
 RUN=${RUN:-runs/fipo-7b-1x8}
 NODES=1
+GPU_MEMORY_GIB=80
 GPUS_PER_NODE=8
 
 MODEL_PARALLEL_ARGS=(
@@ -81,17 +82,4 @@ PROGRAM_ARGS=(
     "${MODEL_PARALLEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${FIPO_ARGS[@]}" "${ROLLOUT_ARGS[@]}" "${DATA_ARGS[@]}"
     "${EVAL_AND_LOGGING_ARGS[@]}"
 )
-LAUNCH_ARGS=()
-while [[ $# -gt 0 && $1 != -- ]]; do
-    LAUNCH_ARGS+=("$1") && shift
-done
-PROGRAM_ARGS+=("${@:2}")
-case ${LAUNCH_ARGS[0]:-} in
-    plan)
-        exec "$PYTHON" tools/plan.py "${PROGRAM_ARGS[@]}" \
-            --nodes "$NODES" --gpus-per-node "$GPUS_PER_NODE" --gpu-memory-gib 80 "${LAUNCH_ARGS[@]:1}"
-        ;;
-    --slurm) LAUNCH_ARGS+=(--nodes "$NODES" --gpus-per-node "$GPUS_PER_NODE") ;;
-    *) LAUNCH_ARGS+=(--nnodes "$NODES" --nproc-per-node "$GPUS_PER_NODE" --standalone) ;;
-esac
-exec "$PYTHON" -m megatron_fipo.launch "${LAUNCH_ARGS[@]}" -m megatron_fipo.train "${PROGRAM_ARGS[@]}"
+source examples/recipes/start.bash

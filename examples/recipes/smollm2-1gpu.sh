@@ -42,7 +42,10 @@ PYTHON=${PYTHON:-python}
 MODEL=${MODEL:-runs/models/SmolLM2-135M-Instruct}
 RUN=${RUN:-runs/smollm2-1gpu}
 NODES=1
+GPU_MEMORY_GIB=16
 GPUS_PER_NODE=1
+
+SLURM_ARGS=(--no-requeue) # nothing is saved, so a job that was requeued would begin anew
 
 MODEL_PARALLEL_ARGS=(
     --tensor-model-parallel-size 1
@@ -83,17 +86,4 @@ PROGRAM_ARGS=(
     "${MODEL_PARALLEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${FIPO_ARGS[@]}" "${ROLLOUT_ARGS[@]}" "${DATA_ARGS[@]}"
     "${EVAL_AND_LOGGING_ARGS[@]}"
 )
-LAUNCH_ARGS=()
-while [[ $# -gt 0 && $1 != -- ]]; do
-    LAUNCH_ARGS+=("$1") && shift
-done
-PROGRAM_ARGS+=("${@:2}")
-case ${LAUNCH_ARGS[0]:-} in
-    plan)
-        exec "$PYTHON" tools/plan.py "${PROGRAM_ARGS[@]}" \
-            --nodes "$NODES" --gpus-per-node "$GPUS_PER_NODE" --gpu-memory-gib 16 "${LAUNCH_ARGS[@]:1}"
-        ;;
-    --slurm) LAUNCH_ARGS+=(--nodes "$NODES" --gpus-per-node "$GPUS_PER_NODE" --no-requeue) ;;
-    *) LAUNCH_ARGS+=(--nnodes "$NODES" --nproc-per-node "$GPUS_PER_NODE" --standalone) ;;
-esac
-exec "$PYTHON" -m megatron_fipo.launch "${LAUNCH_ARGS[@]}" -m megatron_fipo.train "${PROGRAM_ARGS[@]}"
+source examples/recipes/start.bash

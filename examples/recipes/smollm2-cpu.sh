@@ -44,12 +44,15 @@ PYTHON=${PYTHON:-.venv/bin/python}
 MODEL=${MODEL:-runs/models/SmolLM2-135M-Instruct}
 RUN=${RUN:-runs/smollm2-cpu}
 NODES=1
+GPU_MEMORY_GIB=5
 GPUS_PER_NODE=2 # ranks
 
 export OMP_NUM_THREADS=1     # two spinning threads per process are several times slower on a busy machine
 export TORCHDYNAMO_DISABLE=1 # nothing here is compiled
 # glibc hands freed memory back to the kernel, and every tensor would fault its pages in anew (docs/performance.md)
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=67108864
+
+SLURM_ARGS=(--no-requeue) # nothing is saved, so a job that was requeued would begin anew
 
 MODEL_PARALLEL_ARGS=(
     --device cpu
@@ -90,17 +93,4 @@ PROGRAM_ARGS=(
     "${MODEL_PARALLEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${FIPO_ARGS[@]}" "${ROLLOUT_ARGS[@]}" "${DATA_ARGS[@]}"
     "${EVAL_AND_LOGGING_ARGS[@]}"
 )
-LAUNCH_ARGS=()
-while [[ $# -gt 0 && $1 != -- ]]; do
-    LAUNCH_ARGS+=("$1") && shift
-done
-PROGRAM_ARGS+=("${@:2}")
-case ${LAUNCH_ARGS[0]:-} in
-    plan)
-        exec "$PYTHON" tools/plan.py "${PROGRAM_ARGS[@]}" \
-            --nodes "$NODES" --gpus-per-node "$GPUS_PER_NODE" --gpu-memory-gib 5 "${LAUNCH_ARGS[@]:1}"
-        ;;
-    --slurm) LAUNCH_ARGS+=(--nodes "$NODES" --ntasks-per-node "$GPUS_PER_NODE" --no-requeue) ;;
-    *) LAUNCH_ARGS+=(--nnodes "$NODES" --nproc-per-node "$GPUS_PER_NODE" --standalone) ;;
-esac
-exec "$PYTHON" -m megatron_fipo.launch "${LAUNCH_ARGS[@]}" -m megatron_fipo.train "${PROGRAM_ARGS[@]}"
+source examples/recipes/start.bash
