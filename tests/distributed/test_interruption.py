@@ -183,7 +183,7 @@ def test_an_error_after_a_signal_was_noted_is_not_taken_for_its_doing(
     monkeypatch: pytest.MonkeyPatch, defers: bool, text: str, status: int | None
 ) -> None:
     settings = SimpleNamespace(run=SimpleNamespace(save="checkpoints", exit_grace_s=60.0))
-    monkeypatch.setattr("megatron_fipo.arguments.parse_arguments", lambda arguments: settings)
+    monkeypatch.setattr("megatron_fipo.arguments.parse_arguments", lambda *arguments: settings)
 
     def run(settings: object, signals: Signals, is_rank_zero: bool) -> int:
         signals.defer()
