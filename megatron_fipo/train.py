@@ -76,7 +76,8 @@ def main(arguments: Sequence[str] | None = None, *, ends_process: bool = False) 
             signals.ending()
             failure = _rendezvous_failure(error)
             is_lost = failure is None and _is_lost_rank(error)
-            if signals.received and not isinstance(error, ValueError | OSError) and (is_lost or not signals.defers):
+            others_end = is_lost or failure is not None  # rank 0 takes the ranks' store along
+            if signals.received and not isinstance(error, ValueError | OSError) and (others_end or not signals.defers):
                 # other ranks end at the same signal, and this one noticed that first
                 return _interrupted(signals.received[0], save, is_rank_zero)
             if isinstance(error, ValueError):

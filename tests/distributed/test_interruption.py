@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from torch.distributed import DistNetworkError
 
 from megatron_fipo import train
 from megatron_fipo.interruption import REQUEUE, Signals, end_with_parent
@@ -172,15 +173,16 @@ def test_the_clean_up_is_not_ended_by_a_second_signal_but_by_the_grace_time() ->
 
 
 @pytest.mark.parametrize(
-    ("defers", "text", "status"),
+    ("defers", "error", "status"),
     [
-        (True, "Connection closed by peer [127.0.0.1]:4711", REQUEUE),
-        (False, "out of memory", REQUEUE),  # raised by what the signal broke off
-        (True, "out of memory", None),
+        (True, RuntimeError("Connection closed by peer [127.0.0.1]:4711"), REQUEUE),
+        (True, DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed."), REQUEUE),  # the store
+        (False, RuntimeError("out of memory"), REQUEUE),  # raised by what the signal broke off
+        (True, RuntimeError("out of memory"), None),
     ],
 )
 def test_an_error_after_a_signal_was_noted_is_not_taken_for_its_doing(
-    monkeypatch: pytest.MonkeyPatch, defers: bool, text: str, status: int | None
+    monkeypatch: pytest.MonkeyPatch, defers: bool, error: RuntimeError, status: int | None
 ) -> None:
     settings = SimpleNamespace(run=SimpleNamespace(save="checkpoints", exit_grace_s=60.0))
     monkeypatch.setattr("megatron_fipo.arguments.parse_arguments", lambda *arguments: settings)
@@ -190,13 +192,13 @@ def test_an_error_after_a_signal_was_noted_is_not_taken_for_its_doing(
         os.kill(os.getpid(), signal.SIGTERM)
         if not defers:
             signals._is_deferring = False
-        raise RuntimeError(text)
+        raise error
 
     monkeypatch.setattr(train, "_checked_run", run)
     if status is not None:
         assert train.main([]) == status
         return
-    with pytest.raises(RuntimeError, match=text):
+    with pytest.raises(RuntimeError, match=str(error)):
         train.main([])
 
 
