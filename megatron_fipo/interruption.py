@@ -134,6 +134,12 @@ class Signals:
         if self.received and not before and not self._is_ending:
             raise KeyboardInterrupt
 
+    def wait(self, timeout_s: float) -> None:
+        """Until a signal has come, which raises or is noted as ever, or for `timeout_s`."""
+        ends = time.monotonic() + timeout_s
+        while not self.received and time.monotonic() < ends:
+            time.sleep(0.02)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._is_ending:
             return

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 USER_ERROR = 2
 RUN_FAILED = 1
+SIGNALLED_WITHIN_S = 1.0  # a launcher signals one rank after the other
 LOST_RANK = "another rank ended, or cannot be reached any more"
 # what gloo and NCCL say when a rank is gone
 LOST_CONNECTION = (
@@ -125,6 +126,7 @@ def _checked_run(settings: Settings, signals: Signals, is_rank_zero: bool) -> in
         except (EngineError, EngineDisagrees, GuardStopped, BrokenWeights, AnotherRankFailed) as error:
             return _fail(error, RUN_FAILED, is_rank_zero)
         except RankZeroFailed:
+            signals.wait(SIGNALLED_WITHIN_S)
             if signals.received:  # by all ranks, and rank 0 was the first to act on it
                 return _interrupted(signals.received[0], settings.run.save, is_rank_zero)
             return RUN_FAILED  # rank 0 says why

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -200,6 +201,19 @@ def test_an_error_after_a_signal_was_noted_is_not_taken_for_its_doing(
         return
     with pytest.raises(RuntimeError, match=str(error)):
         train.main([])
+
+
+def test_a_signal_that_is_on_its_way_is_waited_for() -> None:
+    with Signals() as signals:
+        began = time.monotonic()
+        signals.wait(0.2)
+        assert 0.2 <= time.monotonic() - began < 2
+        assert signals.received == []
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        with pytest.raises(KeyboardInterrupt):
+            signals.wait(30)
+        signals.ending()
+        assert signals.received == [signal.SIGTERM]
 
 
 ORPHAN = """
