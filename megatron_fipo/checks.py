@@ -28,8 +28,8 @@ from megatron_fipo.weights.architecture import (
 )
 from megatron_fipo.weights.hf_files import HFWeights, check_hf_shapes, check_replaceable
 from megatron_fipo.weights.source import WeightSource
+from megatron_fipo.weights.stored_names import TRACKER
 
-MEGATRON_LMS_LATEST = "latest_checkpointed_iteration.txt"
 LATEST = "latest"  # in a directory of checkpoints, once there is a whole one
 NEED_TRANSFORMER_ENGINE = frozenset(
     "cp_comm_type fp4 fp8 moe_grouped_gemm moe_permute_fusion moe_router_fusion tp_comm_overlap "
@@ -302,9 +302,9 @@ def check_directories(settings: Settings) -> None:
     """What is to be read exists, and what is to be written can be, without writing over anything."""
     run, rollout = settings.run, settings.rollout
     for flag, directory in (("--load", run.load), ("--save", run.save)):
-        if directory is not None and Path(directory, MEGATRON_LMS_LATEST).is_file():
+        if directory is not None and Path(directory, TRACKER).is_file():
             raise ValueError(
-                f"{flag} is {directory!r}, which holds a checkpoint of Megatron-LM's own ({MEGATRON_LMS_LATEST}), but "
+                f"{flag} is {directory!r}, which holds a checkpoint of Megatron-LM's own ({TRACKER}), but "
                 "must be a directory of this run: --pretrained-checkpoint starts from the weights of the other"
             )
     if run.load is not None:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_fipo.actor.checkpoint_files import verify_checkpoint
+from megatron_fipo.actor.checkpoint_files import FORMAT, METADATA, RUN_STATE, verify_checkpoint
 from megatron_fipo.actor.checkpoint_reading import CheckpointError, reason, shown
-from megatron_fipo.actor.megatron_weights import RELEASE, RUN_STATE, TRACKER, MegatronWeights
-from megatron_fipo.actor.torch_dist_files import FORMAT, METADATA, TorchDistWriter
+from megatron_fipo.actor.megatron_weights import RELEASE, MegatronWeights, place_in_model
+from megatron_fipo.actor.torch_dist_files import TorchDistWriter
 from megatron_fipo.config import require
 from megatron_fipo.parallel import ParallelLayout
 from megatron_fipo.weights.architecture import (
@@ -28,11 +28,11 @@ from megatron_fipo.weights.architecture import (
     padded_vocab_size,
     read_architecture,
 )
-from megatron_fipo.weights.hf_files import HFWeights, check_hf_shapes, write_hf_checkpoint
-from megatron_fipo.weights.mapping import EMBEDDING, OUTPUT, checked_stream, expected_megatron_names, shard_from_hf
+from megatron_fipo.weights.hf_files import HFWeights, check_hf_shapes, sync_to_disk, write_hf_checkpoint
+from megatron_fipo.weights.mapping import checked_stream, expected_megatron_names, shard_from_hf
 from megatron_fipo.weights.megatron_arguments import to_arguments
 from megatron_fipo.weights.source import is_finite
-from megatron_fipo.weights.stored_names import extra_states, places_to_write
+from megatron_fipo.weights.stored_names import TRACKER, extra_states, places_to_write
 
 CHECKPOINT_VERSION = 3.0  # Megatron-LM's, since 2020
 LARGEST_MULTIPLE = 2**20  # rows that padding the vocabulary may cost
@@ -66,7 +66,7 @@ def hf_to_megatron(
     dtype = dtype or single_dtype(weights, hf_shapes(arch))
     padded_vocab = padded_vocab_size(arch.vocab_size, tp_size, vocab_divisible_by)
     names = expected_megatron_names(arch, range(arch.num_layers), first_stage=True, last_stage=True)
-    ordered = sorted(names, key=_reading_order)
+    ordered = sorted(names, key=place_in_model)
 
     def write(aside: Path) -> None:
         writer = TorchDistWriter(aside / RELEASE)
@@ -202,26 +202,10 @@ def _write_aside(save_dir: Path, write: Callable[[Path], None]) -> None:
         (aside / RELEASE).mkdir(parents=True)
         write(aside)
         for path in (*(aside / RELEASE).iterdir(), aside / TRACKER, aside / RELEASE, aside):
-            _sync(path)
+            sync_to_disk(path)
         aside.rename(save_dir)
-        _sync(save_dir.parent)
+        sync_to_disk(save_dir.parent)
     except OSError as error:
         raise ValueError(f"--save {shown(save_dir)} cannot be written: {reason(error)}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _reading_order(name: str) -> tuple[int, str]:
-    """Layer by layer, as the shards of large models hold them."""
-    if name == EMBEDDING:
-        return -1, name
-    layer = name.removeprefix("decoder.layers.").partition(".")[0]
-    return (int(layer) if layer.isdecimal() else 10**9 + (name == OUTPUT)), name

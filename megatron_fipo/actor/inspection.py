@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from megatron_fipo.actor.checkpoint_files import (
+    FORMAT,
     LATEST,
     MANIFEST,
     RUN_STATE,
@@ -21,12 +22,12 @@ from megatron_fipo.actor.checkpoint_files import (
     verify_checkpoint,
 )
 from megatron_fipo.actor.checkpoint_reading import CheckpointError, kind_of, shown
-from megatron_fipo.actor.megatron_weights import TRACKER, find_megatron_checkpoint
-from megatron_fipo.actor.torch_dist_files import FORMAT, StoredTensors, read_common
+from megatron_fipo.actor.megatron_weights import find_megatron_checkpoint
+from megatron_fipo.actor.torch_dist_files import StoredTensors, read_common
 from megatron_fipo.weights.architecture import read_architecture, read_config
 from megatron_fipo.weights.hf_files import INDEX_NAME, SAFETENSORS_DTYPES, SINGLE_NAME, HFWeights, check_hf_shapes
 from megatron_fipo.weights.source import is_finite
-from megatron_fipo.weights.stored_names import EXTRA_STATE, OPTIMIZER_KEY
+from megatron_fipo.weights.stored_names import EXTRA_STATE, OPTIMIZER_KEY, TRACKER
 
 Kind = Literal["checkpoint of a run", "Megatron-LM checkpoint", "Hugging Face model"]
 SAFETENSORS = SAFETENSORS_DTYPES | {

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_fipo.actor.checkpoint_files import COMMON, FORMAT, RUN_STATE
 from megatron_fipo.actor.checkpoint_reading import CheckpointError, read_bytes, read_json, shown
-from megatron_fipo.actor.torch_dist_files import COMMON, FORMAT, StoredTensors, read_common
+from megatron_fipo.actor.torch_dist_files import StoredTensors, read_common
 from megatron_fipo.weights.architecture import Architecture, hf_shapes
 from megatron_fipo.weights.mapping import (
     OUTPUT,
@@ -26,13 +27,10 @@ from megatron_fipo.weights.mapping import (
     shard_shape,
 )
 from megatron_fipo.weights.megatron_arguments import argument_differences
-from megatron_fipo.weights.stored_names import OPTIMIZER_KEY, Place, places_to_read
+from megatron_fipo.weights.stored_names import OPTIMIZER_KEY, TRACKER, Place, places_to_read
 
-TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
-RUN_STATE = "run_state.json"
 _ITERATION = re.compile(r"iter_(\d{7,})")
-_SETTINGS = {"use_distributed_optimizer"}  # of a run's state, beside the architecture's
 
 
 def find_megatron_checkpoint(path: str | Path) -> Path:
@@ -134,7 +132,7 @@ class MegatronWeights:
 
     def megatron_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter, whole, under its canonical name, in the order of the model."""
-        for name in sorted(self._parts, key=_place_in_model):
+        for name in sorted(self._parts, key=place_in_model):
             yield name, self._whole(name)
 
     def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -220,7 +218,8 @@ def read_settings(stored: StoredTensors) -> argparse.Namespace | Mapping[str, An
     return found
 
 
-def _place_in_model(name: str) -> tuple[int, int, str]:
+def place_in_model(name: str) -> tuple[int, int, str]:
+    """To sort parameters by: layer by layer, as the shards of large models hold them."""
     layer = re.match(r"decoder\.layers\.(\d+)\.", name)
     if layer is None:
         return (-1 if name.startswith("embedding") else 10**9 + (name == OUTPUT)), 0, name

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_fipo.actor.checkpoint_files import COMMON, FORMAT, METADATA
 from megatron_fipo.actor.checkpoint_reading import (
     CheckpointError,
     FilePart,
@@ -41,7 +42,6 @@ from megatron_fipo.actor.checkpoint_reading import (
 )
 from megatron_fipo.actor.metadata_pickle import parse_metadata
 
-METADATA, COMMON, FORMAT = ".metadata", "common.pt", "metadata.json"
 COMMON_STATE = "common_state/shard_0_1"  # newer writers' common.pt, an object among the tensors
 MAX_METADATA_BYTES = 2**31
 MAX_FILE_BYTES = 2**32

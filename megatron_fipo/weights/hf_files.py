@@ -374,11 +374,11 @@ def _dtypes_in(directory: Path) -> set[torch.dtype]:
 def _commit(aside: Path, save_dir: Path) -> None:
     """Put `aside` in the place of `save_dir`."""
     for path in aside.iterdir():
-        _sync(path)
+        sync_to_disk(path)
     if save_dir.exists():
         save_dir.rename(aside.with_suffix(".replaced"))
     aside.rename(save_dir)
-    _sync(save_dir.parent)
+    sync_to_disk(save_dir.parent)
 
 
 def _end_replacement(aside: Path, save_dir: Path) -> None:
@@ -390,7 +390,8 @@ def _end_replacement(aside: Path, save_dir: Path) -> None:
         replaced.rename(save_dir)
 
 
-def _sync(path: Path) -> None:
+def sync_to_disk(path: Path) -> None:
+    """Return when what the file, or the list of the directory, holds is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from megatron_fipo.weights.architecture import Architecture
 from megatron_fipo.weights.mapping import LAYER_ALIASES, partition_of
 
+TRACKER = "latest_checkpointed_iteration.txt"
+"""In which Megatron-LM writes what it saved last."""
+
 LAYERS = "decoder.layers."
 EXPERTS = "mlp.experts.experts."
 OPTIMIZER_KEY = re.compile(r"(chained_\d+\.)?optimizer\.")
