@@ -77,9 +77,4 @@ EVAL_AND_LOGGING_ARGS=(
     --auto-resume # a job that was requeued, or the same command again, goes on
 )
 
-PROGRAM_ARGS=(
-    --hf-checkpoint "$MODEL"
-    "${MODEL_PARALLEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${FIPO_ARGS[@]}" "${ROLLOUT_ARGS[@]}" "${DATA_ARGS[@]}"
-    "${EVAL_AND_LOGGING_ARGS[@]}"
-)
 source examples/recipes/start.bash

@@ -81,9 +81,4 @@ EVAL_AND_LOGGING_ARGS=(
     --export-hf "$RUN/model"
 )
 
-PROGRAM_ARGS=(
-    --hf-checkpoint "$MODEL"
-    "${MODEL_PARALLEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${FIPO_ARGS[@]}" "${ROLLOUT_ARGS[@]}" "${DATA_ARGS[@]}"
-    "${EVAL_AND_LOGGING_ARGS[@]}"
-)
 source examples/recipes/start.bash

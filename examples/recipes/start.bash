@@ -1,5 +1,12 @@
-# Sourced at the end of every recipe: starts PROGRAM_ARGS here, submits them (--slurm), or says what they take (plan).
-# The recipe has set PYTHON, NODES, GPUS_PER_NODE (on a CPU: ranks), GPU_MEMORY_GIB, and perhaps SLURM_ARGS.
+# Sourced at the end of every recipe: starts the program here, submits it (--slurm), or says what it takes (plan).
+# The recipe has set PYTHON, MODEL, NODES, GPUS_PER_NODE (on a CPU: ranks), GPU_MEMORY_GIB, the arrays that follow, and
+# perhaps SLURM_ARGS.
+
+PROGRAM_ARGS=(
+    --hf-checkpoint "$MODEL"
+    "${MODEL_PARALLEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${FIPO_ARGS[@]}" "${ROLLOUT_ARGS[@]}" "${DATA_ARGS[@]}"
+    "${EVAL_AND_LOGGING_ARGS[@]}"
+)
 
 LAUNCH_ARGS=()
 while [[ $# -gt 0 && $1 != -- ]]; do
