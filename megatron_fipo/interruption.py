@@ -134,11 +134,18 @@ class Signals:
         if self.received and not before and not self._is_ending:
             raise KeyboardInterrupt
 
-    def wait(self, timeout_s: float) -> None:
-        """Until a signal has come, which raises or is noted as ever, or for `timeout_s`."""
-        ends = time.monotonic() + timeout_s
-        while not self.received and time.monotonic() < ends:
-            time.sleep(0.02)
+    @property
+    def first(self) -> int:
+        """The signal that asked first, 0 where none did."""
+        return self.received[0] if self.received else 0
+
+    def hear_of(self, number: int) -> None:
+        """Another rank was sent this signal (0: none): it counts as received here, and raises nothing.
+
+        Launchers signal one rank after the other, and some only one: what follows is the same on all of them.
+        """
+        if number and not self.received:
+            self.received.append(number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._is_ending:

@@ -47,7 +47,7 @@ from megatron_fipo.problems import Problems
 from megatron_fipo.rollout.pool import EnginePool
 from megatron_fipo.trainer.custom_generation import FLAG as CUSTOM_GENERATE
 from megatron_fipo.trainer.evaluation_result import EvaluationResult, summary
-from megatron_fipo.trainer.exchange import RankZero, RankZeroFailed, StopRequested, any_rank
+from megatron_fipo.trainer.exchange import RankZero, StopRequested, largest
 from megatron_fipo.trainer.guards import Guards
 from megatron_fipo.trainer.loop import Rollout, Run, train
 from megatron_fipo.trainer.sampling import CollectorPosition
@@ -190,7 +190,7 @@ class _Stages:
         self.settings, self.actor, self.log = settings, actor, log
         self.layout, self.control = actor.layout, actor.groups.control
         self.guards, self.signals = guards, signals
-        self.rank_zero = RankZero(self.layout, self.control, signals.interruptible, signals.deferred)
+        self.rank_zero = RankZero(self.layout, self.control, signals)
         self.replays = settings.rollout.replay_rollouts is not None
         self.hybrid: HybridEngine | None = None
         self.rollout_side: RolloutSide | None = None
@@ -268,8 +268,7 @@ class _Stages:
     def train(self, first_step: int) -> bool:
         """Evaluate, train, evaluate, export. Returns whether it got to the end; where it did not, its state is saved.
 
-        A signal that stops a run which saves nothing raises KeyboardInterrupt, and RankZeroFailed on the ranks that it
-        did not reach.
+        A signal that stops a run which saves nothing raises KeyboardInterrupt, also on the ranks that it did not reach.
         """
         if self.hybrid is not None:
             with self.log.stage("first sync", part_of_step=False):
@@ -278,9 +277,7 @@ class _Stages:
             self.signals.defer()  # from here on there is something to save
         is_finished = train(self._as_run(), first_step=first_step)
         if not is_finished and self.saver is None:  # there is nothing to go on from
-            if self.signals.received:
-                raise KeyboardInterrupt
-            raise RankZeroFailed("rank 0 was interrupted")
+            raise KeyboardInterrupt
         if self.saver is not None:
             with self.log.stage("save", part_of_step=False):
                 self.saver.finish()
@@ -340,7 +337,8 @@ class _Stages:
         """Commit a checkpoint that has been written meanwhile; stop where a signal asks for it."""
         if self.saver is not None:
             self.saver.poll()
-        if any_rank(bool(self.signals.received), self.control):
+        self.signals.hear_of(largest(self.signals.first, self.control))
+        if self.signals.received:
             raise StopRequested
 
     def _sync(self, version: int) -> None:
@@ -406,7 +404,7 @@ class _Stages:
         self._saved_step = step
 
     def _say_what_is_saved(self) -> None:
-        name = signal.Signals(self.signals.received[0]).name if self.signals.received else "a signal to another rank"
+        name = signal.Signals(self.signals.first).name
         self.log.say(
             f"interrupted by {name}: the state after step {self._saved_step} is in {self.settings.run.save}; the same "
             "command with --auto-resume, or with --load, goes on from it"

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 USER_ERROR = 2
 RUN_FAILED = 1
-SIGNALLED_WITHIN_S = 1.0  # a launcher signals one rank after the other
 LOST_RANK = "another rank ended, or cannot be reached any more"
 # what gloo and NCCL say when a rank is gone
 LOST_CONNECTION = (
@@ -72,7 +71,8 @@ def main(arguments: Sequence[str] | None = None, *, ends_process: bool = False) 
             return _checked_run(settings, signals, is_rank_zero)
         except KeyboardInterrupt:
             signals.ending()
-            return _interrupted(signals.received[0], save, is_rank_zero)
+            number = signals.first or signal.SIGINT  # a user's function may raise it by itself
+            return _interrupted(number, save, is_rank_zero)
         except Exception as error:
             signals.ending()
             failure = _rendezvous_failure(error)
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None, *, ends_process: bool = False) 
             others_end = is_lost or failure is not None  # rank 0 takes the ranks' store along
             if signals.received and not isinstance(error, ValueError | OSError) and (others_end or not signals.defers):
                 # other ranks end at the same signal, and this one noticed that first
-                return _interrupted(signals.received[0], save, is_rank_zero)
+                return _interrupted(signals.first, save, is_rank_zero)
             if isinstance(error, ValueError):
                 return _fail(
                     error, USER_ERROR, _is_zero("LOCAL_RANK", "SLURM_LOCALID")
@@ -126,9 +126,6 @@ def _checked_run(settings: Settings, signals: Signals, is_rank_zero: bool) -> in
         except (EngineError, EngineDisagrees, GuardStopped, BrokenWeights, AnotherRankFailed) as error:
             return _fail(error, RUN_FAILED, is_rank_zero)
         except RankZeroFailed:
-            signals.wait(SIGNALLED_WITHIN_S)
-            if signals.received:  # by all ranks, and rank 0 was the first to act on it
-                return _interrupted(signals.received[0], settings.run.save, is_rank_zero)
             return RUN_FAILED  # rank 0 says why
     return 0 if is_finished else REQUEUE
 

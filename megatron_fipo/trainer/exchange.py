@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from megatron_fipo.interruption import Signals
 from megatron_fipo.ops.balance import balanced_partition, sequence_flops
 from megatron_fipo.parallel import ParallelLayout
 from megatron_fipo.types import TrainSequence
@@ -31,13 +32,12 @@ class RankZero:
 
     `together` are functions of all ranks that rank 0 may call for in the middle of its part, with `call`; those of
     `after_failure` all ranks call when its part failed, before they raise.
-    `interruptible` and `deferred` say where a signal may raise KeyboardInterrupt (interruption.Signals has them).
+    `signals` are those of this rank; the other ranks' hear of one that ended rank 0's part.
     """
 
     layout: ParallelLayout
     control: dist.ProcessGroup
-    interruptible: Callable[[], AbstractContextManager[None]] = nullcontext
-    deferred: Callable[[], AbstractContextManager[None]] = nullcontext
+    signals: Signals = field(default_factory=Signals)
     together: dict[str, Callable[[], None]] = field(default_factory=dict)
     after_failure: list[Callable[[], None]] = field(default_factory=list)
 
@@ -45,26 +45,28 @@ class RankZero:
         """Run `function` on rank 0 while the others wait; its result on rank 0, None elsewhere.
 
         Whatever it raises is raised on rank 0, and RankZeroFailed on every other rank, so that nobody waits for ever.
-        With `interruptible`, a signal to rank 0 ends it, and every rank raises StopRequested. Collective.
+        KeyboardInterrupt is raised on every rank; with `interruptible` a signal to rank 0 may do that, and
+        StopRequested takes its place. Collective.
         """
         result: T | None = None
         error: BaseException | None = None
         if self.layout.rank == 0:
             try:
-                with self.interruptible() if interruptible else nullcontext():
+                with self.signals.interruptible() if interruptible else nullcontext():
                     result = function()
             except BaseException as raised:
                 error = raised
         if isinstance(error, KeyboardInterrupt) and interruptible:
             error = StopRequested()
-        kind, text = self._agreed(_ending_of(error))
-        if kind == "failed":
+        kind, text = self._agreed(self._ending_of(error))
+        if kind in ("failed", "interrupted"):
             for collective in self.after_failure:
                 collective()
         if error is not None:
             raise error
-        if kind == "stop":
-            raise StopRequested
+        if kind in ("stop", "interrupted"):
+            self.signals.hear_of(int(text))
+            raise StopRequested if kind == "stop" else KeyboardInterrupt
         if kind == "failed":
             raise RankZeroFailed(f"rank 0 failed: {text}")
         return result
@@ -72,7 +74,7 @@ class RankZero:
     def call(self, name: str) -> None:
         """Have every rank call `together[name]`; only for rank 0, and only inside `run`. No signal interrupts it."""
         assert self.layout.rank == 0, "only rank 0 calls for the others"
-        with self.deferred():
+        with self.signals.deferred():
             self._broadcast(("call", name))
             self.together[name]()
 
@@ -89,18 +91,19 @@ class RankZero:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
+    def _ending_of(self, error: BaseException | None) -> tuple[str, str]:
+        if error is None:
+            return "done", ""
+        if isinstance(error, StopRequested | KeyboardInterrupt):
+            return "stop" if isinstance(error, StopRequested) else "interrupted", str(self.signals.first)
+        return "failed", f"{type(error).__name__}: {error}"
 
-def _ending_of(error: BaseException | None) -> tuple[str, str]:
-    if error is None:
-        return "done", ""
-    return ("stop", "") if isinstance(error, StopRequested) else ("failed", f"{type(error).__name__}: {error}")
 
-
-def any_rank(flag: bool, control: dist.ProcessGroup) -> bool:
-    """Whether `flag` is True on any rank. Collective over `control`."""
-    found = torch.tensor(int(flag))
+def largest(value: int, control: dist.ProcessGroup) -> int:
+    """The largest `value` of all ranks. Collective over `control`."""
+    found = torch.tensor(value)
     dist.all_reduce(found, op=dist.ReduceOp.MAX, group=control)
-    return bool(found)
+    return int(found)
 
 
 def shares_of(

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -203,17 +202,15 @@ def test_an_error_after_a_signal_was_noted_is_not_taken_for_its_doing(
         train.main([])
 
 
-def test_a_signal_that_is_on_its_way_is_waited_for() -> None:
+def test_a_signal_to_another_rank_counts_as_received_and_raises_nothing() -> None:
     with Signals() as signals:
-        began = time.monotonic()
-        signals.wait(0.2)
-        assert 0.2 <= time.monotonic() - began < 2
-        assert signals.received == []
-        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
-        with pytest.raises(KeyboardInterrupt):
-            signals.wait(30)
-        signals.ending()
-        assert signals.received == [signal.SIGTERM]
+        signals.hear_of(0)
+        assert signals.first == 0
+        signals.hear_of(signal.SIGUSR1)
+        signals.hear_of(signal.SIGTERM)
+        assert signals.first == signal.SIGUSR1
+        with pytest.raises(KeyboardInterrupt), signals.interruptible():
+            time.sleep(30)
 
 
 ORPHAN = """

@@ -35,6 +35,10 @@ def interrupt_all(command: Any, directory: Path) -> None:
     os.killpg(command.process.pid, signal.SIGINT)  # as a terminal does
 
 
+def terminate_rank_0(command: Any, directory: Path) -> None:
+    os.kill(command.rank_pid(0), signal.SIGTERM)
+
+
 def let_reward_raise(command: Any, directory: Path) -> None:
     (directory / "raise").touch()
 
@@ -42,6 +46,7 @@ def let_reward_raise(command: Any, directory: Path) -> None:
 FAILURES: dict[str, tuple[Callable[[Any, Path], None], tuple[int, ...], list[str]]] = {
     # what is done to a run, the statuses it may end with, what stderr holds
     "a rank is killed": (kill_rank_1, (128 + 9,), ["error: rank 1 was ended by SIGKILL"]),
+    "only rank 0 is terminated": (terminate_rank_0, (128 + 15,), ["interrupted by SIGTERM"]),
     "Ctrl-C": (interrupt_all, (128 + 2,), ["interrupted by SIGINT"]),
     "the reward raises": (let_reward_raise, (1, 2), ["error: ", "no verdict, on purpose"]),
 }
@@ -76,7 +81,7 @@ def test_a_killed_engine_is_started_again_and_the_run_goes_on_until_it_is_termin
         died_at = num_steps(tmp_path)
         command.wait_for("steps with a new engine", lambda: num_steps(tmp_path) >= died_at + 4, START_WITHIN_S)
         command.process.send_signal(signal.SIGTERM)
-        assert command.wait(END_WITHIN_S) == 128 + signal.SIGTERM
+        assert command.wait(END_WITHIN_S) == 128 + signal.SIGTERM, command.stderr
     assert "interrupted by SIGTERM" in command.stderr, command.stderr
     assert "engine engine-0 ended with signal 9" in command.stderr, command.stderr
     assert "engine engine-0 is started again (1 of 5)" in command.stderr, command.stderr

@@ -14,6 +14,7 @@ from checkpoint_on_disk import save
 from megatron_fipo import run
 from megatron_fipo.actor import checkpoint_saver
 from megatron_fipo.actor.retention import retire
+from megatron_fipo.interruption import Signals
 from megatron_fipo.trainer.exchange import StopRequested
 
 
@@ -59,7 +60,7 @@ def stages_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], A
     log = SimpleNamespace(
         stage=lambda *_, **__: run.contextlib.nullcontext(), say=print, num_updates=0, flush_to_disk=print
     )
-    signals = SimpleNamespace(interruptible=None, deferred=None)
+    signals = Signals()
 
     def make() -> Any:
         guards = SimpleNamespace(state_dict=dict, load_state_dict=lambda state: None)
