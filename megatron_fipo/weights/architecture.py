@@ -127,8 +127,8 @@ def read_architecture(hf_dir: str | Path) -> Architecture:
 
     num_heads = _positive_int(path, config, "num_attention_heads")
     hidden_size = _positive_int(path, config, "hidden_size")
-    if config.get("num_key_value_heads") is None and family == "llama":
-        num_groups = num_heads  # Llama 1 and 2 leave the field out
+    if config.get("num_key_value_heads") is None and family != "qwen3_moe":
+        num_groups = num_heads  # null means so to transformers; Llama 1 and 2 leave the field out
     else:
         num_groups = _positive_int(path, config, "num_key_value_heads")
     require(

@@ -45,7 +45,7 @@ COPIED_FILES = (
 """What an export takes over from the model it started from, where it is there."""
 
 SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # a buffer that old files carry
+IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")  # a buffer that old files carry
 ROWS_PER_COMPARISON = 4096
 MAX_NAME_LEN = 200  # of a file that an index names
 
@@ -218,7 +218,9 @@ def _find_files(directory: Path) -> list[Path]:
     index = directory / INDEX_NAME
     if not index.is_file():
         pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
+        others = sorted(path.name for path in directory.glob("*.safetensors"))
         found = f"; {_first_few(pickles)}: pickles are not read, convert them to safetensors" if pickles else ""
+        found = f", only {_first_few(others)}: shards need their index, adapters their model" if others else found
         raise ValueError(f"{directory} holds neither {SINGLE_NAME} nor {INDEX_NAME}{found}")
     names = sorted(set(_read_weight_map(index).values()))
     for name in names:

@@ -159,6 +159,8 @@ def test_absent_fields_take_the_familys_defaults(tmp_path):
     config = {name: value for name, value in LLAMA.items() if name not in ("rope_theta", "num_key_value_heads")}
     arch = read(tmp_path, config)
     assert (arch.rope_theta, arch.num_query_groups, arch.tied) == (10000.0, 6, False)
+    for config in (LLAMA, QWEN, QWEN3):
+        assert read(tmp_path, config, num_key_value_heads=None).num_query_groups == 6
 
 
 @pytest.mark.parametrize(
@@ -194,7 +196,7 @@ def test_absent_fields_take_the_familys_defaults(tmp_path):
         (LLAMA, {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         (LLAMA, {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}, "auto_map"),
         (LLAMA, {"num_key_value_heads": 4}, "num_key_value_heads"),
-        (QWEN, {"num_key_value_heads": None}, "num_key_value_heads"),
+        (QWEN3_MOE, {"num_key_value_heads": None}, "num_key_value_heads"),
         (QWEN3, {"head_dim": None}, "head_dim"),
         (LLAMA, {"hidden_size": 50}, "hidden_size"),
         (LLAMA, {"num_hidden_layers": "3"}, "num_hidden_layers"),

@@ -91,6 +91,13 @@ def test_damaged_file_is_named(tmp_path, damage):
         HFWeights(tmp_path)
 
 
+def test_shards_without_an_index_are_told_from_no_model_at_all(tmp_path):
+    save_llama(tmp_path, max_shard_size="20KB")
+    (tmp_path / INDEX).unlink()
+    with pytest.raises(ValueError, match=r"only model-00001-of-000\d\d\.safetensors, .*: shards need their index"):
+        HFWeights(tmp_path)
+
+
 def test_index_must_agree_with_its_files(tmp_path):
     save_llama(tmp_path, max_shard_size="20KB")
     index = json.loads((tmp_path / INDEX).read_text())
@@ -133,6 +140,7 @@ def test_tensors_that_contradict_the_config_are_named(tmp_path, changes, message
 def test_old_rotary_buffers_are_harmless(tmp_path):
     save_llama(tmp_path)
     rewrite(tmp_path, model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(4))
+    rewrite(tmp_path, model__rotary_emb__inv_freq=torch.ones(4))
     check_hf_shapes(read_architecture(tmp_path), HFWeights(tmp_path))
 
 
