@@ -20,9 +20,10 @@ FROM python:3.11.14-slim-bookworm AS cpu
 ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
 ENV TORCH_INDEX_URL=$TORCH_INDEX_URL PIP_NO_CACHE_DIR=1
 
+# gcc: pycosat, which reasoning-gym brings, is on the package index as source alone.
 # hadolint ignore=DL3008
 RUN apt-get update && \
-    apt-get install -y --no-install-recommends git procps && \
+    apt-get install -y --no-install-recommends gcc git libc6-dev procps && \
     rm -rf /var/lib/apt/lists/* && \
     useradd --create-home --uid 10001 fipo && \
     install -d -o fipo -g fipo /workspace/megatron-fipo
@@ -30,13 +31,14 @@ RUN apt-get update && \
 USER 10001:10001
 WORKDIR /workspace/megatron-fipo
 
-# What seldom changes first; setup_env.sh finds it there and adds the package.
+# What seldom changes first; setup_env.sh finds it there and adds the package. From torch's index only torch: of what it
+# depends on that index has some versions, not those of constraints.txt.
 COPY --chown=10001:10001 requirements requirements
 RUN python -m venv .venv && \
     .venv/bin/pip install -r requirements/build.txt && \
-    .venv/bin/pip install -r requirements/torch.txt -c requirements/constraints.txt --index-url "$TORCH_INDEX_URL" && \
-    .venv/bin/pip install -r requirements/cpu.txt -r requirements/test.txt \
-        -c requirements/torch.txt -c requirements/build.txt -c requirements/constraints.txt && \
+    .venv/bin/pip install --no-deps -r requirements/torch.txt --index-url "$TORCH_INDEX_URL" && \
+    .venv/bin/pip install -r requirements/torch.txt -r requirements/cpu.txt -r requirements/test.txt \
+        -c requirements/build.txt -c requirements/constraints.txt && \
     .venv/bin/pip install --no-deps -r requirements/cpu-no-deps.txt
 
 COPY --chown=10001:10001 . .

@@ -139,7 +139,8 @@ PYTHON
 install_torch() {
     local index=()
     if [[ -n ${TORCH_INDEX_URL:-} ]]; then
-        index=(--index-url "$TORCH_INDEX_URL")
+        # only torch from there: of what it depends on such an index has some versions, not those of constraints.txt
+        index=(--no-deps --index-url "$TORCH_INDEX_URL")
     else
         announce_cuda
     fi
@@ -168,8 +169,8 @@ PYTHON
 }
 
 install_requirements() {
-    pip_install -r "$ROOT/requirements/cpu.txt" -r "$ROOT/requirements/test.txt" \
-        -c "$ROOT/requirements/torch.txt" -c "$ROOT/requirements/build.txt" -c "$ROOT/requirements/constraints.txt"
+    pip_install -r "$ROOT/requirements/torch.txt" -r "$ROOT/requirements/cpu.txt" -r "$ROOT/requirements/test.txt" \
+        -c "$ROOT/requirements/build.txt" -c "$ROOT/requirements/constraints.txt"
 }
 
 compile_all() {

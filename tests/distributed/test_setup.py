@@ -196,7 +196,9 @@ def test_a_cuda_build_is_announced_and_another_index_is_passed_on(repo: Path) ->
     torch_calls = [
         call for call in pip_calls(repo) if "-r" in call and "/torch.txt -c" in call and "cpu.txt" not in call
     ]
-    assert [call.endswith("--index-url https://example.org/cpu") for call in torch_calls] == [True]
+    assert [call.endswith("--no-deps --index-url https://example.org/cpu") for call in torch_calls] == [True]
+    [rest] = [call for call in pip_calls(repo) if "/cpu.txt" in call]
+    assert f"-r {repo}/requirements/torch.txt" in rest  # and so what torch depends on
 
 
 def test_two_set_ups_take_turns(repo: Path) -> None:

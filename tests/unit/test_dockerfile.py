@@ -103,6 +103,18 @@ def test_images_are_pinned_run_as_nobody_and_leave_no_package_lists(stages) -> N
         assert "PIP_NO_CACHE_DIR=1" in " ".join(values(stage, "ENV"))
 
 
+def test_the_cpu_image_can_be_built(stages) -> None:
+    """It needs what pycosat, a source distribution, is compiled with; and torch's index has not the rest's versions."""
+    commands = values(stages["cpu"], "RUN")
+    assert {"gcc", "libc6-dev"} <= set(commands[0].split())
+    [install] = [command for command in commands if "--index-url" in command]
+    [of_torch] = [part for part in install.split("&&") if "--index-url" in part]
+    assert "--no-deps -r requirements/torch.txt" in of_torch
+    [of_the_rest] = [part for part in install.split("&&") if "-r requirements/cpu.txt" in part]
+    assert "-r requirements/torch.txt" in of_the_rest
+    assert "-c requirements/constraints.txt" in of_the_rest
+
+
 def test_what_seldom_changes_is_built_before_the_code_is_copied(stages) -> None:
     for name, stage in stages.items():
         code = stage.index(next(each for each in stage if each[0] == "COPY" and each[1].endswith(". .")))
