@@ -8,6 +8,7 @@ SGLang takes seconds and probes the machine.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import importlib.metadata
 import importlib.util
@@ -21,8 +22,11 @@ TARGET = Path(__file__).resolve().parent.parent / "megatron_fipo" / "flags" / "s
 
 def main() -> int:
     """Write or compare the table; the exit status is 1 when --check finds a difference."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where they differ")
+    options = parser.parse_args()
     text = render(sglang_source())
-    if "--check" in sys.argv[1:]:
+    if options.check:
         if TARGET.read_text(encoding="utf-8") == text:
             return 0
         print(f"{TARGET} differs from the installed SGLang: run python tools/write_flag_tables.py", file=sys.stderr)

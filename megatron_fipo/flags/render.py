@@ -25,7 +25,7 @@ _FOOTER = (
 def help_text(options: Sequence[Option]) -> str:
     """The plain help: a line or two for every option that is listed, by group."""
     lines = [
-        "usage: torchrun [...] -m megatron_fipo.train --hf-checkpoint DIR (--task NAME | --prompt-data FILE) [...]"
+        "usage: python -m megatron_fipo.launch [...] -m megatron_fipo.train --hf-checkpoint DIR (--task | --prompt-data) ..."
     ]
     for group in GROUPS:
         lines += ["", f"{group}:"]
@@ -142,9 +142,14 @@ def _entry(option: Option) -> list[str]:
 
 def _meaning(option: Option) -> str:
     """The help text, and the choices where they are too long to stand for the value."""
+    text = option.help
+    off = [flag for flag, stored in option.flags.items() if stored is False]
+    if off and is_megatron_field(option) and not option.setting.startswith("megatron.model."):
+        # megatron-core's words are about the field, not about the flag
+        text = f"switches off: {text}" if len(off) == len(option.flags) else f"{text} {', '.join(off)} switches it off."
     if not option.type.choices or _short_choices(option):
-        return option.help
-    return f"{option.help}: {', '.join(str(choice) for choice in option.type.choices)}".removeprefix(": ")
+        return text
+    return f"{text}: {', '.join(str(choice) for choice in option.type.choices)}".removeprefix(": ")
 
 
 def _flags(option: Option) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from megatron_fipo.arguments import parse_arguments
 from megatron_fipo.config import FIPOSettings, PPOSettings
 from megatron_fipo.flags.presets import PRESETS
-from megatron_fipo.flags.render import help_text, is_sglang_field
+from megatron_fipo.flags.render import help_text, is_sglang_field, megatron_help_text
 from megatron_fipo.flags.table import all_options, own_options
 
 BASE = ["--hf-checkpoint", "model", "--task", "chain_sum"]
@@ -334,6 +335,15 @@ def test_every_option_has_help_and_every_flag_one_option():
             assert flag not in seen
             seen.add(flag)
     assert "(default: 0.28; grpo 0.2)" in help_text(own_options())
+
+
+def test_help_says_of_a_flag_that_switches_something_off_that_it_does():
+    entries = re.split(r"\n  (?=-)", megatron_help_text(all_options()))
+    words = {entry.split()[0].rstrip(","): " ".join(entry.split()) for entry in entries}
+    assert "switches off: If true, fuses weight gradient" in words["--no-gradient-accumulation-fusion"]
+    assert "switches off: Include/exclude a bias term" in words["--disable-bias-linear"]
+    assert words["--accumulate-allreduce-grads-in-fp32"].endswith("--grad-reduce-in-bf16 switches it off.")
+    assert "switches" not in words["--check-for-large-grads"] + words["--untie-embeddings-and-output-weights"]
 
 
 def test_the_flags_are_the_frozen_list():
