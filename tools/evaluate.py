@@ -147,7 +147,7 @@ def read_model(request: EvaluationRequest) -> Model:
     """Check the checkpoint as far as possible without loading it; its digests stand for the weights."""
     from megatron_fipo.checks import check_engine_layout
     from megatron_fipo.weights.architecture import read_architecture
-    from megatron_fipo.weights.hf_files import COPIED_FILES, HFWeights, check_hf_shapes
+    from megatron_fipo.weights.hf_files import HFWeights, carried_files, check_hf_shapes
 
     directory = request.run.hf_checkpoint
     arch = read_architecture(directory)
@@ -159,7 +159,7 @@ def read_model(request: EvaluationRequest) -> Model:
         f"at most the checkpoint's context, {arch.max_position_embeddings} tokens ({directory}/config.json)",
     )
     check_engine_layout(request.engine, arch)
-    files = [Path(directory) / name for name in COPIED_FILES if (Path(directory) / name).is_file()]
+    files = [Path(directory) / name for name in carried_files(directory)]
     checkpoint, stored = None, str(arch.dtype)
     if request.run.load is None:
         check_hf_shapes(arch, HFWeights(directory))

@@ -17,7 +17,7 @@ from megatron_fipo.quantization.formats import ALIGNMENT, Format
 from megatron_fipo.quantization.packing import pack_awq
 from megatron_fipo.quantization.simulation import INT4_MAX, QuantisedWeight, quantised_weights, quiet
 from megatron_fipo.weights.architecture import DTYPES
-from megatron_fipo.weights.hf_files import COPIED_FILES
+from megatron_fipo.weights.hf_files import carry_files
 
 FP8_MAX = 448.0  # of float8_e4m3fn
 REPORT_NAME = "quantization_report.json"
@@ -61,9 +61,7 @@ def write_quantised(
     try:
         save_dir.parent.mkdir(parents=True, exist_ok=True)
         aside.mkdir()
-        for name in COPIED_FILES:
-            if (source_dir / name).is_file():
-                shutil.copyfile(source_dir / name, aside / name)
+        carry_files(source_dir, aside)
         save_torch_state_dict(tensors, aside, max_shard_size=max_shard_bytes, metadata={"format": "pt"})
         config = json.loads((source_dir / "config.json").read_text(encoding="utf-8"))
         key = "torch_dtype" if "torch_dtype" in config else "dtype"
@@ -72,7 +70,7 @@ def write_quantised(
         if file_config is not None:
             _write_json(aside / "hf_quant_config.json", file_config)
         _write_json(aside / REPORT_NAME, report)
-        for path in aside.iterdir():
+        for path in aside.glob("*.safetensors"):
             path.chmod(0o666 & ~_umask())  # safetensors makes its files private
         if save_dir.is_dir():
             save_dir.rmdir()

@@ -25,24 +25,35 @@ SINGLE_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 EXPORT_RECEIPT = "export_receipt.json"
 """Lists the files of an export with their sizes: what may be replaced by the next export."""
 
-COPIED_FILES = (
+CARRIED_FILES = (
     "config.json",
     "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
+    "tokenizer*.json",  # tokenizer.4.0.0.json too, which tokenizer_config.json may name for a version of transformers
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
+    "*vocab*.json",
+    "*vocab*.txt",
     "merges.txt",
+    "*.model",  # of sentencepiece: tokenizer.model, spiece.model, sentencepiece.bpe.model ...
+    "*.spm",
+    "*.tiktoken",
+    "tekken.json",
+    "bpe.codes",
+    "dict.txt",
+    "emoji.json",
+    "byte_maps.json",
+    "normalizer.json",
+    "word_*.json",
+    "prophetnet.tokenizer",
     "chat_template.jinja",
     "chat_template.json",
-    "LICENSE",
-    "LICENSE.txt",
-    "NOTICE",
+    "additional_chat_templates/*.jinja",
+    "LICENSE*",
+    "NOTICE*",
     "USE_POLICY.md",
 )
-"""What an export takes over from the model it started from, where it is there."""
+"""What an export takes over from the model it started from, where it is there: among it every file that one of
+transformers' tokenizers reads."""
 
 SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")  # a buffer that old files carry
@@ -172,6 +183,19 @@ def check_hf_shapes(arch: Architecture, weights: HFWeights) -> None:
         )
 
 
+def carried_files(hf_dir: str | Path) -> list[str]:
+    """The files of `hf_dir` that belong to the model besides its weights: paths from there, sorted."""
+    found = {path for pattern in CARRIED_FILES for path in Path(hf_dir).glob(pattern) if path.is_file()}
+    return sorted(path.relative_to(hf_dir).as_posix() for path in found)
+
+
+def carry_files(source_dir: str | Path, save_dir: str | Path) -> None:
+    """Copy `carried_files` of the one directory to the other, which is there."""
+    for name in carried_files(source_dir):
+        (Path(save_dir) / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(Path(source_dir) / name, Path(save_dir) / name)
+
+
 def write_hf_checkpoint(
     save_dir: str | Path,
     source_dir: str | Path,
@@ -195,11 +219,9 @@ def write_hf_checkpoint(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         dtype = _write_shards(aside, tensors, max_shard_bytes)
-        for name in COPIED_FILES:
-            if (source_dir / name).is_file():
-                shutil.copyfile(source_dir / name, aside / name)
+        carry_files(source_dir, aside)
         _set_config_dtype(aside / "config.json", dtype, source_dir)
-        sizes = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
+        sizes = {name: (aside / name).stat().st_size for name in sorted(_entries(aside))}
         (aside / EXPORT_RECEIPT).write_text(json.dumps({"size_bytes": sizes}, indent=2) + "\n")
         _commit(aside, save_dir)
     except (OSError, SafetensorError) as error:
@@ -287,12 +309,18 @@ def check_replaceable(save_dir: Path, source_dir: Path) -> None:
         return
     if not save_dir.is_dir() or save_dir.is_symlink():
         raise ValueError(f"the export directory {save_dir} is a file or link, but must be a directory or absent")
-    foreign = sorted({path.name for path in save_dir.iterdir()} - _files_of_export(save_dir))
+    foreign = sorted(_entries(save_dir) - _files_of_export(save_dir))
     if foreign:
         raise ValueError(
             f"the export directory {save_dir} holds {_first_few(foreign)}, "
             "but must be absent, empty or an earlier export with nothing added or changed since"
         )
+
+
+def _entries(directory: Path) -> set[str]:
+    """Everything in it but directories that hold something: paths from there."""
+    found = (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir() or not any(path.iterdir()))
+    return {path.relative_to(directory).as_posix() for path in found}
 
 
 def _files_of_export(directory: Path) -> set[str]:
@@ -375,7 +403,7 @@ def _dtypes_in(directory: Path) -> set[torch.dtype]:
 
 def _commit(aside: Path, save_dir: Path) -> None:
     """Put `aside` in the place of `save_dir`."""
-    for path in aside.iterdir():
+    for path in aside.rglob("*"):
         sync_to_disk(path)
     if save_dir.exists():
         save_dir.rename(aside.with_suffix(".replaced"))

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from converting import LLAMA3, assert_same_files, run, save
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from megatron_fipo.actor.torch_dist_files import StoredTensors, read_common
 from megatron_fipo.weights.hf_files import HFWeights
@@ -44,6 +46,29 @@ def test_there_and_back_is_bit_equal(name: str, tmp_path: Path) -> None:
     assert_same_files(tmp_path / "back", source)
     assert len(list((tmp_path / "back").glob("*.safetensors"))) > 1
     assert json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())["metadata"]["total_size"] > 0
+
+
+def test_whatever_a_tokenizer_may_be_made_of_is_carried_over(model: Path, tmp_path: Path) -> None:
+    classes = [name for names in TOKENIZER_MAPPING_NAMES.values() for name in ([names] if names else [])]
+    found = [getattr(transformers, name, None) for name in classes]
+    names = {name for one in found for name in getattr(one, "vocab_files_names", {}).values() if isinstance(name, str)}
+    assert {"vocab.txt", "spiece.model", "tokenizer.model", "merges.txt"} < names
+    names |= {"tokenizer.4.0.0.json", "added_tokens.json", "LICENSE", "additional_chat_templates/rag.jinja"}
+    shutil.copytree(model, tmp_path / "hf")
+    (tmp_path / "hf" / "additional_chat_templates").mkdir()
+    for name in (*names, "README.md", "modeling.py", "onnx.bin"):
+        (tmp_path / "hf" / name).write_text(f"this is {name}")
+    assert run("hf_to_megatron", "--hf-checkpoint", tmp_path / "hf", "--save", tmp_path / "megatron") == 0
+    options = ("--load", tmp_path / "megatron", "--hf-checkpoint", tmp_path / "hf", "--save", tmp_path / "back")
+    assert run("megatron_to_hf", *options) == 0
+    assert {name: (tmp_path / "back" / name).read_text() for name in names} == {
+        name: f"this is {name}" for name in names
+    }
+    assert not any((tmp_path / "back" / name).exists() for name in ("README.md", "modeling.py", "onnx.bin"))
+
+    assert run("megatron_to_hf", *options) == 0  # its own export may be replaced
+    (tmp_path / "back" / "additional_chat_templates" / "mine.jinja").write_text("mine")
+    assert run("megatron_to_hf", *options) == 2
 
 
 def test_the_vocabulary_is_padded_with_zeros_for_the_tensor_parallel_size(tmp_path: Path) -> None:
