@@ -25,7 +25,8 @@ _FOOTER = (
 def help_text(options: Sequence[Option]) -> str:
     """The plain help: a line or two for every option that is listed, by group."""
     lines = [
-        "usage: python -m megatron_fipo.launch [...] -m megatron_fipo.train --hf-checkpoint DIR (--task | --prompt-data) ..."
+        "usage: python -m megatron_fipo.launch [...] -m megatron_fipo.train "
+        "--hf-checkpoint DIR (--task | --prompt-data) ..."
     ]
     for group in GROUPS:
         lines += ["", f"{group}:"]
