@@ -3,10 +3,10 @@
 #   docker build -t megatron-fipo .                          docker build --target cpu -t megatron-fipo:cpu .
 #   docker run --gpus all --ipc=host --ulimit memlock=-1 --ulimit stack=67108864 -it megatron-fipo
 #
-# Neither has been built: no Docker and no GPU were at hand. Checked: hadolint, and the pins against each other, the
-# requirements and the metadata of the packages (tests/unit/test_dockerfile.py, tests/tools/test_gpu_pins.py). Not
-# checked: that the base image's and Apex's tags are there, that Apex and Transformer Engine compile, that all of it
-# runs together.
+# Neither has been built: no Docker and no GPU were at hand. Checked: hadolint; the pins against each other and the
+# requirements; that the package index has the pins for either Python and resolves them together
+# (tests/unit/test_dockerfile.py, tests/tools/test_gpu_pins.py). Not checked: that the base image's and Apex's tags are
+# there, that Apex and Transformer Engine compile, that all of it runs together.
 #
 # The GPU image takes from NGC's PyTorch image the CUDA toolkit, NCCL's and UCX's plug-ins for cluster networks, and
 # Python 3.12, but not its torch, Transformer Engine and Apex: SGLang's kernels (sglang-kernel, flashinfer, deep-gemm)
@@ -58,11 +58,12 @@ ARG APEX=26.09
 ARG TORCH_CUDA_ARCH_LIST="9.0;10.0"
 ARG MAX_JOBS=8
 
-# PIP_CONSTRAINT: the base image pins its own torch through it. CUDNN_PATH: torch's, which Transformer Engine must be
-# compiled against, since that is what is loaded. By NVIDIA_PRODUCT_NAME its setup.py knows NGC's image and takes a wheel
-# made for NGC's torch; NVTE_PYTORCH_FORCE_BUILD: it takes no wheel at all. NGC's image lets torch multiply fp32 in TF32.
+# PIP_CONSTRAINT: the base image pins its own torch through it. CUDA_HOME: else Transformer Engine's setup.py prefers the
+# nvcc, of another release, that a package of SGLang's brings. CUDNN_PATH: the cuDNN that Transformer Engine loads,
+# torch's. By NVIDIA_PRODUCT_NAME its setup.py knows NGC's image and takes a wheel made for NGC's torch;
+# NVTE_PYTORCH_FORCE_BUILD: it takes no wheel at all. NGC's image lets torch multiply fp32 in TF32.
 ENV PIP_CONSTRAINT="" PIP_NO_CACHE_DIR=1 VIRTUAL_ENV=/opt/fipo PATH=/opt/fipo/bin:$PATH \
-    CUDNN_PATH=/opt/fipo/lib/python3.12/site-packages/nvidia/cudnn \
+    CUDA_HOME=/usr/local/cuda CUDNN_PATH=/opt/fipo/lib/python3.12/site-packages/nvidia/cudnn \
     TORCH_CUDA_ARCH_LIST=$TORCH_CUDA_ARCH_LIST NVTE_FRAMEWORK=pytorch MAX_JOBS=$MAX_JOBS \
     NVTE_PYTORCH_FORCE_BUILD=TRUE NVIDIA_PRODUCT_NAME="" TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=0
 
@@ -77,13 +78,16 @@ RUN apt-get update && \
 WORKDIR /workspace/megatron-fipo
 
 # The largest and the longest first. SGLang brings torch and everything that was compiled for it.
-COPY requirements/build.txt requirements/build.txt
+COPY requirements/build.txt requirements/gpu-constraints.txt requirements/
 RUN pip install -r requirements/build.txt ninja==1.13.0 packaging==26.3 pybind11==3.0.1 && \
-    pip install "torch==$TORCH" "sglang==$SGLANG"
+    pip install "torch==$TORCH" "sglang==$SGLANG" -c requirements/gpu-constraints.txt
 RUN APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation --no-deps \
         "apex @ git+https://github.com/NVIDIA/apex@$APEX"
+# Transformer Engine is compiled against the cuDNN and the NCCL that torch brings and loads, not the base image's.
 COPY requirements requirements
-RUN pip install --no-build-isolation -r requirements/gpu.txt -r requirements/test.txt "torch==$TORCH" "sglang==$SGLANG"
+RUN packages="$VIRTUAL_ENV/lib/python3.12/site-packages/nvidia" && \
+    CPATH="$packages/cudnn/include:$packages/nccl/include" pip install --no-build-isolation \
+        -r requirements/gpu.txt -r requirements/test.txt "torch==$TORCH" "sglang==$SGLANG" -c requirements/gpu-constraints.txt
 
 COPY --chown=10001:10001 . .
 RUN pip install --no-deps --no-build-isolation --editable . && \

@@ -1,4 +1,4 @@
-"""The table of what the GPU image's packages demand is what the package index says: their metadata, no downloads."""
+"""What the images install is on the package index, for their Python, and goes together: by metadata, no downloads."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from dockerfile import named_pins, stages_of
 from gpu_metadata import REQUIRES
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+UV = "uv==0.13.9"
 LINUX = {"platform_system": "Linux", "sys_platform": "linux", "python_version": "3.12", "extra": ""}
 
 
@@ -51,3 +53,56 @@ def test_transformer_engine_has_the_extras_that_are_asked_for(tmp_path: Path) ->
         ("pytorch", "transformer_engine_torch==2.20.2"),
     ):
         assert f'Requires-Dist: {brings}; extra == "{extra}"' in text
+
+
+@pytest.fixture(scope="module")
+def uv(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("uv")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(directory), UV]
+    subprocess.run(command, check=True, timeout=300)
+    return directory / "bin" / "uv"
+
+
+def resolved(uv: Path, python: str, platform: str, files: list[Path], constraints: Path) -> dict[str, str]:
+    """name -> version of all that the files bring; the resolver takes the newest that the constraints allow."""
+    command = [
+        str(uv),
+        "pip",
+        "compile",
+        "--no-header",
+        "--no-annotate",
+        "--no-python-downloads",
+        "--python",
+        sys.executable,
+    ]
+    command += ["--python-version", python, "--python-platform", platform, "--constraints", str(constraints)]
+    done = subprocess.run([*command, *map(str, files)], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return dict(line.split("==") for line in done.stdout.splitlines())
+
+
+def versions(*files: Path) -> dict[str, str]:
+    lines = [
+        line.partition("#")[0].partition(";")[0].strip() for file in files for line in file.read_text().splitlines()
+    ]
+    found = [Requirement(line) for line in lines if line]
+    return {canonicalize_name(each.name): next(iter(each.specifier)).version for each in found}
+
+
+def test_the_gpu_images_packages_resolve_to_its_constraints(uv: Path, repo_root: Path, tmp_path: Path) -> None:
+    named = tmp_path / "named.in"
+    named.write_text("\n".join(named_pins(stages_of(repo_root)["gpu"])))
+    requirements = repo_root / "requirements"
+    files = [*(requirements / name for name in ("build.txt", "gpu.txt", "test.txt")), named]
+    constraints = requirements / "gpu-constraints.txt"
+    assert resolved(uv, "3.12", "x86_64-manylinux_2_39", files, constraints) == versions(constraints)
+
+
+def test_the_cpu_images_packages_resolve_to_its_constraints(uv: Path, repo_root: Path) -> None:
+    """The package index has a CUDA build of torch: what only that brings is not in the constraints."""
+    requirements = repo_root / "requirements"
+    files = [requirements / name for name in ("torch.txt", "build.txt", "cpu.txt", "test.txt")]
+    found = resolved(uv, "3.11", "x86_64-manylinux_2_36", files, requirements / "constraints.txt")
+    of_cuda = {name for name in found if name.startswith(("nvidia-", "cuda-")) or name == "triton"}
+    wanted = versions(*files, requirements / "constraints.txt")
+    assert {name: found[name] for name in found.keys() - of_cuda} == {**wanted, "pip": found["pip"]}

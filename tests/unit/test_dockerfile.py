@@ -12,39 +12,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from dockerfile import arguments, named_pins, stages_of, values
 from gpu_metadata import REQUIRES
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-INSTRUCTION = re.compile(r"^([A-Z]+)\s+(.*)$", re.DOTALL)
-KNOWN = {"FROM", "ARG", "ENV", "RUN", "COPY", "WORKDIR", "USER", "CMD"}
 GPU_PYTHON = "3.12"  # of the base image
 
 
 @pytest.fixture(scope="module")
 def stages(repo_root: Path) -> dict[str, list[tuple[str, str]]]:
-    """By name, in order: the instructions of each stage, its FROM first."""
-    text = re.sub(r"^\s*#.*\n", "", (repo_root / "Dockerfile").read_text(), flags=re.MULTILINE)
-    found: dict[str, list[tuple[str, str]]] = {}
-    name = ""
-    for line in re.sub(r"\\\n\s*", " ", text).splitlines():
-        if not line.strip():
-            continue
-        match = INSTRUCTION.match(line)
-        assert match, line
-        assert match[1] in KNOWN, line
-        if match[1] == "FROM":
-            name = re.fullmatch(r"\S+ AS (\w+)", match[2])[1]
-        found.setdefault(name, []).append((match[1], match[2]))
-    return found
-
-
-def values(stage: list[tuple[str, str]], instruction: str) -> list[str]:
-    return [value for name, value in stage if name == instruction]
-
-
-def arguments(stage: list[tuple[str, str]]) -> dict[str, str]:
-    return dict(value.split("=", 1) for value in values(stage, "ARG"))
+    return stages_of(repo_root)
 
 
 def pins(path: Path) -> dict[str, list[Requirement]]:
@@ -139,6 +117,30 @@ def test_the_versions_agree_with_the_requirements(repo_root: Path, stages) -> No
         assert pin(requirements / "gpu.txt", name) == pin(requirements / "cpu.txt", name), name
     base = next(value for value in values(stages["cpu"], "FROM"))
     assert "-slim-" in base
+
+
+def test_all_that_the_gpu_image_installs_is_constrained(repo_root: Path, stages) -> None:
+    requirements = repo_root / "requirements"
+    constraints = {name: str(each[0].specifier) for name, each in pins(requirements / "gpu-constraints.txt").items()}
+    assert named_pins(stages["gpu"]) <= {f"{name}{version}" for name, version in constraints.items()}
+    for file in ("build.txt", "gpu.txt", "test.txt"):
+        for name in pins(requirements / file):
+            assert f"=={pin(requirements / file, name)}" == constraints[name], name
+    from_the_index = [
+        part
+        for command in values(stages["gpu"], "RUN")
+        for part in command.split("&&")
+        if "pip install" in part and "--no-deps" not in part and "build.txt" not in part
+    ]
+    assert len(from_the_index) == 2
+    assert all("-c requirements/gpu-constraints.txt" in part for part in from_the_index)
+
+
+def test_transformer_engine_is_compiled_against_what_torch_loads(stages) -> None:
+    """Its setup.py looks for CUDA alone; headers of cuDNN and NCCL come from where the compiler looks."""
+    assert "CUDA_HOME=/usr/local/cuda" in " ".join(values(stages["gpu"], "ENV")).split()
+    [command] = [each for each in values(stages["gpu"], "RUN") if "requirements/gpu.txt" in each]
+    assert 'CPATH="$packages/cudnn/include:$packages/nccl/include" pip install' in command
 
 
 def test_the_packages_go_together_by_their_metadata(repo_root: Path, stages) -> None:
