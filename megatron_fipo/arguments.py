@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar, cast
 
 from megatron_fipo.config import (
     LOSS_SETTINGS,
@@ -35,6 +35,7 @@ from megatron_fipo.run_config import EngineSettings, GuardSettings, RunSettings
 if TYPE_CHECKING:
     from megatron_fipo.weights.architecture import Architecture
 
+P = ParamSpec("P")
 S = TypeVar("S")
 
 _PREFIX_OF_MAPPINGS = {
@@ -131,6 +132,27 @@ class Settings:
         return self.data.eval_max_response_len or self.rollout.rollout_max_response_len
 
 
+class Collected:
+    """The errors of several checks, each once, in their order."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+
+    def of(self, check: Callable[P, S], *arguments: P.args, **named: P.kwargs) -> S | None:
+        """What `check` returns; None when it raised ValueError, which is kept."""
+        try:
+            return check(*arguments, **named)
+        except ValueError as error:
+            if str(error) not in self.problems:
+                self.problems.append(str(error))
+            return None
+
+    def raise_them(self) -> None:
+        """Raise ValueError with all of them in one line, if there are any."""
+        if self.problems:
+            raise ValueError("; ".join(self.problems))
+
+
 Preview = Callable[["Settings"], tuple[tuple[str, ...], tuple[str, ...]]]
 """What a start would refuse, and what it would note; megatron_fipo.preview has it."""
 
@@ -188,36 +210,34 @@ def _print_checked(settings: Settings, preview: Preview | None) -> NoReturn:
 
 
 def settings_from(given: Mapping[str, Given], notes: Sequence[str] = ()) -> Settings:
-    """Defaults, then the preset, then what was given; checked and resolved. Raises ValueError like parse_arguments."""
+    """Defaults, then the preset, then what was given; checked and resolved. Raises ValueError like parse_arguments, for
+    all that is wrong by itself or with the rest."""
     preset = PRESETS[given["preset"].value] if "preset" in given else {}
     explicit, meant = settled({s: entry.value for entry in given.values() for s in entry.option.settings})
     values: dict[str, Any] = {**_fitted(preset, explicit), **explicit}
     algorithm = values.get("algorithm", DEFAULT_ALGORITHM)
-    _check_algorithm(algorithm, preset, given)
-
-    batch = _section(BatchSettings, "batch", values)
-    rollout = _section(RolloutSettings, "rollout", values)
-    _check_given(given, values, algorithm, batch, rollout)
-    if not _default_on(rollout.dynamic_sampling, algorithm) and rollout.partial_rollout_len is None:
-        values.pop("rollout.over_sampling_batch_size", None)  # a preset's, which then says nothing
+    found = Collected()
+    found.of(_check_algorithm, algorithm, preset, given)
+    sections: dict[str, Any] = {name: found.of(_section, kind, name, values) for name, kind in _SECTION_CLASSES.items()}
     loss_fields = {field.name for field in dataclasses.fields(LOSS_SETTINGS[algorithm])}
     loss_values = {name: values[f"loss.{name}"] for name in loss_fields if f"loss.{name}" in values}
-    sections: dict[str, Any] = {
-        "loss": dataclasses.replace(LOSS_SETTINGS[algorithm], **loss_values),
-        "correction": _section(CorrectionSettings, "correction", values),
-        "batch": batch,
-        "rollout": _resolved(rollout, batch, algorithm),
-        "run": _section(RunSettings, "run", values),
-        "data": _section(DataSettings, "data", values),
-        "engine": _section(EngineSettings, "engine", values),
-        "guards": _section(GuardSettings, "guards", values),
-        "megatron": _section(MegatronSettings, "megatron", values),
-    }
+    sections["loss"] = found.of(dataclasses.replace, LOSS_SETTINGS[algorithm], **loss_values)
+    batch, rollout = sections["batch"], sections["rollout"]
+    if batch is not None and rollout is not None:
+        _check_given(given, values, algorithm, batch, rollout, found)
+        if not _default_on(rollout.dynamic_sampling, algorithm) and rollout.partial_rollout_len is None:
+            values.pop("rollout.over_sampling_batch_size", None)  # a preset's, which then says nothing
+        sections["rollout"] = _resolved(rollout, batch, algorithm)
+    if None in sections.values():
+        found.raise_them()
     origin = {setting: "flag" if setting in explicit else "preset" for setting in values}
     provenance = {setting: origin.get(setting, "default") for setting, _ in _flat(algorithm, sections)}
-    odd = pretraining_notes(sections["run"], batch, sections["megatron"])
-    notes = (*notes, *meant, *odd, *_evaluation_notes(sections["data"]))
-    return Settings(algorithm=cast(Algorithm, algorithm), **sections, provenance=provenance, notes=notes)
+    odd = pretraining_notes(sections["run"], sections["batch"], sections["megatron"])
+    said = (*notes, *meant, *odd, *_evaluation_notes(sections["data"]))
+    settings = found.of(Settings, algorithm=cast(Algorithm, algorithm), **sections, provenance=provenance, notes=said)
+    found.raise_them()
+    assert settings is not None
+    return settings
 
 
 def _evaluation_notes(data: DataSettings) -> list[str]:
@@ -246,6 +266,16 @@ def config_values(settings: Settings) -> dict[str, Any]:
 
 
 _SECTIONS = ("run", "megatron", "batch", "loss", "correction", "rollout", "data", "engine", "guards")
+_SECTION_CLASSES: Mapping[str, type] = {
+    "run": RunSettings,
+    "megatron": MegatronSettings,
+    "batch": BatchSettings,
+    "correction": CorrectionSettings,
+    "rollout": RolloutSettings,
+    "data": DataSettings,
+    "engine": EngineSettings,
+    "guards": GuardSettings,
+}  # the loss's depends on the algorithm
 
 
 def _section(settings_class: type[S], section: str, values: Mapping[str, Any]) -> S:
@@ -306,36 +336,25 @@ def _check_given(
     algorithm: str,
     batch: BatchSettings,
     rollout: RolloutSettings,
+    found: Collected,
 ) -> None:
     """What was said must agree with the rest of it, and must have an effect."""
     if "check.global_batch_size" in given:
         prompts = f"--rollout-batch-size ({batch.rollout_batch_size})"
         samples = f"x --n-samples-per-prompt ({batch.n_samples_per_prompt})"
         updates = f"/ --num-updates-per-rollout ({batch.num_updates_per_rollout})"
-        require(
-            given["check.global_batch_size"].value == batch.global_batch_size,
-            "--global-batch-size",
-            given["check.global_batch_size"].value,
-            f"{batch.global_batch_size} = {prompts} {samples} {updates}",
-        )
-    if "check.seq_length" in given:
-        longest = rollout.rollout_max_prompt_len + rollout.rollout_max_response_len
-        require(
-            given["check.seq_length"].value >= longest,
-            "--seq-length",
-            given["check.seq_length"].value,
-            f">= --rollout-max-prompt-len ({rollout.rollout_max_prompt_len}) + --rollout-max-response-len "
-            f"({rollout.rollout_max_response_len}) = {longest}",
-        )
-    if "megatron.model.max_sequence_length" in given:
-        longest = rollout.rollout_max_prompt_len + rollout.rollout_max_response_len
-        require(
-            given["megatron.model.max_sequence_length"].value >= longest,
-            "--max-position-embeddings",
-            given["megatron.model.max_sequence_length"].value,
-            f">= --rollout-max-prompt-len ({rollout.rollout_max_prompt_len}) + --rollout-max-response-len "
-            f"({rollout.rollout_max_response_len}) = {longest}",
-        )
+        value = given["check.global_batch_size"].value
+        wanted = f"{batch.global_batch_size} = {prompts} {samples} {updates}"
+        found.of(require, value == batch.global_batch_size, "--global-batch-size", value, wanted)
+    longest = rollout.rollout_max_prompt_len + rollout.rollout_max_response_len
+    wanted = (
+        f">= --rollout-max-prompt-len ({rollout.rollout_max_prompt_len}) + --rollout-max-response-len "
+        f"({rollout.rollout_max_response_len}) = {longest}"
+    )
+    for setting in ("check.seq_length", "megatron.model.max_sequence_length"):
+        if setting in given:
+            value = given[setting].value
+            found.of(require, value >= longest, given[setting].flag, value, wanted)
     fills = rollout.dynamic_sampling if rollout.partial_rollout_len is None else True
     for setting, switch, flag in (
         ("rollout.over_sampling_batch_size", fills, "--dynamic-sampling"),
@@ -345,10 +364,10 @@ def _check_given(
     ):
         if setting in given and not _default_on(switch, algorithm):
             why = "--no-" + flag.removeprefix("--") if switch is False else f"--algorithm {algorithm} without {flag}"
-            raise ValueError(f"{given[setting].flag} is given, but has no effect with {why}")
+            found.problems.append(f"{given[setting].flag} is given, but has no effect with {why}")
     for setting, needed, flag in _ONLY_WITH:
         if setting in given and not values.get(needed):
-            raise ValueError(f"{given[setting].flag} is given, but has no effect without {flag}")
+            found.problems.append(f"{given[setting].flag} is given, but has no effect without {flag}")
 
 
 def _flat(algorithm: str, sections: Mapping[str, Any]) -> list[tuple[str, Any]]:

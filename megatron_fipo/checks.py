@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_fipo.arguments import Settings, architecture_differences
+from megatron_fipo.arguments import Collected, Settings, architecture_differences
 from megatron_fipo.config import require
 from megatron_fipo.cuda_environment import check_allocator
 from megatron_fipo.flags.megatron_table import flag_of_field
@@ -184,25 +184,28 @@ def choose_transformer_impl(settings: Settings, device: torch.device) -> str:
 
 
 def check_layer_flags(megatron: MegatronSettings, arch: Architecture, transformer_impl: str) -> None:
-    """Raise ValueError naming a flag that the model, or the implementation of its layers, cannot follow."""
-    explicit = {**megatron.transformer, **megatron.optimizer}
+    """Raise ValueError naming every flag that the model, or the implementation of its layers, cannot follow."""
+    explicit, found = {**megatron.transformer, **megatron.optimizer}, Collected()
     for name, value in explicit.items():
         if name.startswith("moe_"):
             where = f"absent: the checkpoint's model ({arch.family}) has no experts"
-            require(arch.num_moe_experts is not None, flag_of_field(name), value, where)
-        require(
+            found.of(require, arch.num_moe_experts is not None, flag_of_field(name), value, where)
+        found.of(
+            require,
             not value or name not in NEED_TRANSFORMER_ENGINE or transformer_impl == "transformer_engine",
             flag_of_field(name),
             value,
             f"absent with --transformer-impl {transformer_impl}: it needs Transformer Engine",
         )
     cp, groups = megatron.context_parallel_size, arch.num_query_groups // megatron.tensor_model_parallel_size
-    require(
+    found.of(
+        require,
         explicit.get("cp_comm_type") != "a2a" or groups % cp == 0,
         "--cp-comm-type",
         "a2a",
         f"another: its ranks share out heads, and {groups} query groups do not divide by --context-parallel-size {cp}",
     )
+    found.raise_them()
 
 
 def check_checkpoint(settings: Settings, layout: ParallelLayout) -> tuple[Architecture, WeightSource]:

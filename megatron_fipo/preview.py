@@ -6,13 +6,12 @@ All checks of a start are made but megatron-core's own and those that need the r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import ParamSpec, TypeVar
 
 import torch
 
-from megatron_fipo.arguments import Settings
+from megatron_fipo.arguments import Collected, Settings
 from megatron_fipo.checks import (
     check_checkpoint,
     check_device_flags,
@@ -24,6 +23,7 @@ from megatron_fipo.checks import (
     layout_of,
     ranks_from_environment,
 )
+from megatron_fipo.cuda_environment import check_allocator
 from megatron_fipo.data import make_sources
 from megatron_fipo.engine_nodes import engines_of_nodes
 from megatron_fipo.gpu_packages import check_fp8_engines, check_gpu_packages, check_quantised_training, find_packages
@@ -37,30 +37,11 @@ from megatron_fipo.weights.hf_files import HFWeights, check_hf_shapes
 
 MOST_DATA_BYTES = 16 * 2**20  # of prompt files that are read for this: a few seconds
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-class _Collected:
-    """The errors of several checks, each once."""
-
-    def __init__(self) -> None:
-        self.problems: list[str] = []
-
-    def of(self, check: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T | None:
-        """What `check` returns; None when it raised ValueError, which is kept."""
-        try:
-            return check(*arguments, **named)
-        except ValueError as error:
-            if str(error) not in self.problems:
-                self.problems.append(str(error))
-            return None
-
 
 def preview(settings: Settings, environment: Mapping[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(what a start with these settings would refuse, what it would say beside or could not be checked), as far as one
     process can tell."""
-    found, notes = _Collected(), []
+    found, notes = Collected(), []
     if settings.run.hf_checkpoint:
         arch = found.of(read_architecture, settings.run.hf_checkpoint)
         if arch is not None:
@@ -73,6 +54,8 @@ def preview(settings: Settings, environment: Mapping[str, str]) -> tuple[tuple[s
             notes += _check_on_device(settings, arch, layout, found)
     else:
         notes.append("--hf-checkpoint is not given, which a start needs: nothing was compared with the model")
+    if settings.megatron.device != "cpu":
+        found.of(check_allocator, settings, environment)
     found.of(check_directories, settings)
     found.of(check_wandb, settings)
     if settings.correction.custom_loss_function_path is not None:
@@ -87,7 +70,7 @@ def _check_weights(directory: str, arch: Architecture) -> None:
 
 
 def _layout(
-    settings: Settings, arch: Architecture, environment: Mapping[str, str], found: _Collected
+    settings: Settings, arch: Architecture, environment: Mapping[str, str], found: Collected
 ) -> tuple[ParallelLayout, list[str]]:
     """The layout of the ranks that the environment tells of, or of the fewest there can be."""
     megatron = settings.megatron
@@ -106,7 +89,7 @@ def _layout(
     return layout or ParallelLayout(), [f"how many ranks there will be is not known here: {fewest}, or a multiple"]
 
 
-def _check_on_device(settings: Settings, arch: Architecture, layout: ParallelLayout, found: _Collected) -> list[str]:
+def _check_on_device(settings: Settings, arch: Architecture, layout: ParallelLayout, found: Collected) -> list[str]:
     """The flags that are a matter of the device: as on GPUs unless --device is cpu. Where none is visible, what the CPU
     alone would refuse is returned as notes."""
     wanted, has_cuda = settings.megatron.device, torch.cuda.is_available()
@@ -123,7 +106,7 @@ def _check_on_device(settings: Settings, arch: Architecture, layout: ParallelLay
         if settings.engine.fp8_weights:
             found.of(check_fp8_engines, arch, settings.engine.tp_size, machine)
         return []
-    here = _Collected()
+    here = Collected()
     _check_flags(settings, arch, layout, torch.device("cpu"), here)
     if settings.engine.fp8_weights:
         here.of(check_fp8_engines, arch, settings.engine.tp_size, find_packages())
@@ -135,7 +118,7 @@ def _check_on_device(settings: Settings, arch: Architecture, layout: ParallelLay
 
 
 def _check_flags(
-    settings: Settings, arch: Architecture, layout: ParallelLayout, device: torch.device, found: _Collected
+    settings: Settings, arch: Architecture, layout: ParallelLayout, device: torch.device, found: Collected
 ) -> None:
     found.of(check_device_flags, settings, layout, device)
     found.of(check_quantised_training, settings.megatron.transformer)
@@ -144,7 +127,7 @@ def _check_flags(
         found.of(check_layer_flags, settings.megatron, arch, impl)
 
 
-def _check_data(settings: Settings, found: _Collected) -> list[str]:
+def _check_data(settings: Settings, found: Collected) -> list[str]:
     """Read the problems as rank 0 does, where they are few; returns its notes, or what was not looked at."""
     data = settings.data
     if data.task is None and data.prompt_data is None:

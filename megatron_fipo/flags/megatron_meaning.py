@@ -19,6 +19,13 @@ _FOR_SPEED = (
 )
 """What only Transformer Engine has and what changes nothing but the speed: field, flag."""
 
+_OF_DELAYED_SCALING = (
+    ("fp8_margin", "--fp8-margin"),
+    ("fp8_amax_history_len", "--fp8-amax-history-len"),
+    ("fp8_amax_compute_algo", "--fp8-amax-compute-algo"),
+)
+"""What other FP8 recipes do not read."""
+
 HIGHEST_USUAL_LR = 2e-5
 
 
@@ -27,7 +34,7 @@ def settled(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
     Sequence parallelism needs tensor parallelism; an interval of saving needs a place; `--load` of the directory of
     `--save` resumes where there is something to resume from; layers that are asked to be local do without Transformer
-    Engine's faster kernels.
+    Engine's faster kernels; only delayed scaling has a history.
     """
     values, notes = dict(given), []
     if values.get("megatron.sequence_parallel") and values.get("megatron.tensor_model_parallel_size", 1) == 1:
@@ -52,6 +59,10 @@ def settled(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         for name, flag in _FOR_SPEED:
             if values.pop(f"megatron.{name}", None):
                 notes.append(f"{flag} has no effect: it is about the speed of Transformer Engine's layers")
+    recipe = values.get("megatron.transformer.fp8_recipe", "delayed")
+    for name, flag in _OF_DELAYED_SCALING if recipe != "delayed" else ():
+        if values.pop(f"megatron.transformer.{name}", None) is not None:
+            notes.append(f"{flag} has no effect: --fp8-recipe {recipe} keeps no history")
     return values, notes
 
 

@@ -213,7 +213,8 @@ def contradictions(
         if isinstance(given, bool):
             lines.append(f"{flag} is given, but by the checkpoint's config.json {name} is {wanted}")
         else:
-            lines.append(f"{flag} is {given}, but the checkpoint's config.json says {wanted}")
+            says = "has none" if wanted is None else f"says {wanted}"
+            lines.append(f"{flag} is {given}, but the checkpoint's config.json {says}")
     return lines
 
 

@@ -215,6 +215,21 @@ def test_what_would_train_something_else_is_an_error(more: list[str], fragments:
         assert fragment in str(raised.value)
 
 
+def test_values_that_contradict_each_other_are_named_all_at_once(tmp_path: Path) -> None:
+    more = ["--global-batch-size", "1536", "--seq-length", "2048", "--max-position-embeddings", "2048"]
+    more += ["--overlong-buffer-len", "4000", "--attention-dropout", "0.1"]
+    with pytest.raises(ValueError) as raised:
+        parse("llama2_7b_old_style", tmp_path, *more)
+    assert [problem.partition(", but must be ")[0] for problem in str(raised.value).split("; ")] == [
+        "--attention-dropout is 0.1",
+        "--global-batch-size is 1536",
+        "--seq-length is 2048",
+        "--max-position-embeddings is 2048",
+    ]
+    with pytest.raises(ValueError, match="; --overlong-buffer-len is 4000, but must be <= --rollout-max-response-len"):
+        parse("llama2_7b_old_style", tmp_path, *more[:-2])  # compared once every value is sound by itself
+
+
 def test_a_rate_and_a_warm_up_of_pretraining_are_noted(tmp_path: Path) -> None:
     more = ["--lr", "3e-4", "--lr-warmup-iters", "2000", "--save-interval", "10000"]
     notes = parse("llama2_7b_old_style", tmp_path, *more).notes
@@ -253,6 +268,16 @@ def test_what_is_off_is_off_and_what_trains_nothing_is_noted() -> None:
         parse_arguments([*base, "--moe-router-topk-scaling-factor", "2.5"])
     (note,) = parse_arguments([*base, "--no-load-optim"]).notes
     assert "--load goes on with optimizer, random states and step" in note
+
+
+def test_the_history_of_delayed_scaling_says_nothing_of_other_fp8_recipes(tmp_path: Path) -> None:
+    settings = parse("llama3_8b_fp8", tmp_path, "--fp8-recipe", "blockwise", "--fp8-margin", "0")
+    assert {name for name in settings.megatron.transformer if "fp8" in name} == {"fp8", "fp8_recipe"}
+    note = "--fp8-amax-history-len has no effect: --fp8-recipe blockwise keeps no history"
+    assert note in settings.notes
+    assert {"--fp8-margin", "--fp8-amax-compute-algo"} <= set(noted(settings))
+    settings = parse("llama3_8b_fp8", tmp_path, "--fp8-recipe", "delayed")
+    assert settings.megatron.transformer["fp8_amax_history_len"] == 1024
 
 
 def test_a_note_does_not_repeat_a_whole_blend_of_data() -> None:

@@ -146,6 +146,15 @@ def test_flags_that_agree_with_the_checkpoint_are_no_problem(model: Path) -> Non
     assert differences[0] == "--hidden-size is 64, but the checkpoint's config.json says 36"
 
 
+def test_a_script_that_sets_expandable_segments_hears_of_it_before_it_is_on_gpus(model: Path) -> None:
+    environment = EIGHT | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    (problem,), _ = seen(model, environment=environment)
+    assert problem.startswith("the variable PYTORCH_CUDA_ALLOC_CONF is 'expandable_segments:True', but must not set")
+    assert seen(model, "--device", "cpu", environment=environment)[0] == []
+    apart = ["--rollout-placement", "disaggregated", "--rollout-num-engines", "1"]
+    assert seen(model, *apart, environment=environment)[0] == []
+
+
 LAUNCHERS = {
     "torchrun": ["--nnodes", "2", "--node_rank", "1", "--nproc_per_node", "3"],
     "slurm": ["--slurm", "--nodes", "2", "--ntasks-per-node", "3", "--no-requeue"],
