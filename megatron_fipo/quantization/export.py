@@ -13,13 +13,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from megatron_fipo.quantization.formats import ALIGNMENT, Format
+from megatron_fipo.quantization.formats import ALIGNMENT, FP8_MAX, Format
 from megatron_fipo.quantization.packing import pack_awq
 from megatron_fipo.quantization.simulation import INT4_MAX, QuantisedWeight, quantised_weights, quiet
 from megatron_fipo.weights.architecture import DTYPES
 from megatron_fipo.weights.hf_files import carry_files
 
-FP8_MAX = 448.0  # of float8_e4m3fn
 REPORT_NAME = "quantization_report.json"
 
 

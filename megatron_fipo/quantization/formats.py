@@ -13,6 +13,7 @@ AWQ_GROUP_SIZES = (128, 64, 32)
 """What SGLang's AWQ kernels take, the coarsest first."""
 ALIGNMENT = 16
 """Rows and columns of an FP8 or FP4 matrix product come in multiples of this; as many elements share an FP4 scale."""
+FP8_MAX = 448.0  # of float8_e4m3fn
 AWQ_PACKED = 8  # 4-bit rows of the transposed weight in one int32
 
 

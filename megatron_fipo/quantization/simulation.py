@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_fipo.quantization.formats import Format
+from megatron_fipo.quantization.formats import FP8_MAX, Format
 
 INT4_MAX = 7
 NOT_INSTALLED = (
@@ -84,6 +84,8 @@ def quantise_model(
         else:
             for layer in model.model.layers:
                 _share_scales(layer)
+            for quantised in quantised_weights(model):
+                _give_range_to_zeros(quantised)
         for parameter in model.parameters():  # folding has made new ones
             if parameter.dim() == 1:
                 parameter.copy_(parameter.to(stored))
@@ -127,6 +129,14 @@ def _share_scales(layer: nn.Module) -> None:
     preprocess_linear_fusion([attention.q_proj, attention.k_proj, attention.v_proj])
     if not hasattr(ffn, "experts"):  # an expert's two have one quantiser
         preprocess_linear_fusion([ffn.gate_proj, ffn.up_proj])
+
+
+def _give_range_to_zeros(quantised: QuantisedWeight) -> None:
+    """A range for weights or inputs that are zero throughout, as in blocks added to a model: a scale of zero would make
+    NaN of them."""
+    for quantiser in (quantised.weight_quantizer, quantised.input_quantizer):
+        if quantiser.amax is not None:
+            quantiser.amax = torch.where(quantiser.amax == 0, FP8_MAX, quantiser.amax)
 
 
 def _fold_smoothing(layer: nn.Module) -> None:

@@ -235,6 +235,30 @@ def test_a_weight_that_is_no_number_is_named(quant_format: Format) -> None:
         quantise_model(model, quant_format, 32 if quant_format == "int4-awq" else None, torch.bfloat16, batches)
 
 
+@pytest.mark.parametrize("quant_format", ["fp8", "nvfp4"])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_weights_and_inputs_that_are_all_zero_stay_zero(family: str, quant_format: Format) -> None:
+    heads = {"head_dim": 16, "moe_intermediate_size": 32} if family == "qwen3_moe" else {}
+    model = make_model(family, tied=True, **SIZES, **heads)
+    layer, ffn = model.model.layers[1], "model.layers.1.mlp"
+    with torch.no_grad():
+        layer.self_attn.o_proj.weight.zero_()
+        if family == "llama":
+            layer.mlp.up_proj.weight.zero_()  # and so what down_proj is given
+        else:
+            layer.mlp.experts.down_proj[3].zero_()
+    quantise_model(model, quant_format, None, torch.bfloat16, batches)
+    found = dict(exported_tensors(model, quant_format, None, torch.bfloat16))
+    for name, tensor in found.items():
+        assert bool(tensor.float().isfinite().all()), name
+        assert "scale" not in name or bool((tensor.float() > 0).all()), name
+    zeros = [f"{ffn}.up_proj"] if family == "llama" else [f"{ffn}.experts.3.down_proj"]
+    for name in ["model.layers.1.self_attn.o_proj", *zeros]:
+        parts = [part for part in ("weight", "weight_scale", "weight_scale_2") if f"{name}.{part}" in found]
+        whole = dequantise(Case(family, True, quant_format), {part: found[f"{name}.{part}"] for part in parts})
+        assert not bool(whole.any()), name
+
+
 def test_awq_codes_lie_where_the_kernels_look_for_them() -> None:
     codes = torch.arange(-8, 8).repeat(2, 1)  # [2, 16]: two of the eight columns of a packed row
     codes = torch.cat([codes, torch.zeros(6, 16, dtype=codes.dtype)])
