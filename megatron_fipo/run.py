@@ -337,8 +337,9 @@ class _Stages:
         """Commit a checkpoint that has been written meanwhile; stop where a signal asks for it."""
         if self.saver is not None:
             self.saver.poll()
-        self.signals.hear_of(largest(self.signals.first, self.control))
-        if self.signals.received:
+        number = largest(self.signals.first, self.control)
+        if number:  # not what this rank alone has been sent meanwhile: the others would go on
+            self.signals.hear_of(number)
             raise StopRequested
 
     def _sync(self, version: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -56,8 +57,9 @@ class RankZero:
                     result = function()
             except BaseException as raised:
                 error = raised
-        if isinstance(error, KeyboardInterrupt) and interruptible:
-            error = StopRequested()
+        if isinstance(error, KeyboardInterrupt):
+            self.signals.hear_of(signal.SIGINT)  # where no signal did that, but a user's function
+            error = StopRequested() if interruptible else error
         kind, text = self._agreed(self._ending_of(error))
         if kind in ("failed", "interrupted"):
             for collective in self.after_failure:

@@ -88,6 +88,7 @@ def test_a_signal_in_what_may_be_interrupted_stops_every_rank(ranks: list[dict[s
 
 def test_a_signal_to_rank_zero_alone_is_known_to_all_and_the_first_one_stays(ranks: list[dict[str, Any]]) -> None:
     assert [rank["heard after an error"] for rank in ranks] == [0, 0]
+    assert [rank["heard of the user's function"] for rank in ranks] == [signal.SIGINT] * 2
     assert [rank["heard"] for rank in ranks] == [signal.SIGUSR1] * 2
     assert [rank["heard later"] for rank in ranks] == [signal.SIGUSR1] * 2
 
@@ -141,7 +142,7 @@ def test_agreement_covers_every_data_parallel_rank(ranks: list[dict[str, Any]]) 
 
 def on_two_ranks() -> dict[str, Any]:
     from megatron_fipo.trainer.agreement import agreement_metrics
-    from megatron_fipo.trainer.exchange import RankZero, StopRequested, gather_to_rank_zero, largest, scatter_shares
+    from megatron_fipo.trainer.exchange import RankZero, gather_to_rank_zero, largest, scatter_shares
 
     control = torch.distributed.group.WORLD
     rank = torch.distributed.get_rank()
@@ -159,9 +160,9 @@ def on_two_ranks() -> dict[str, Any]:
     def interrupt() -> None:
         raise KeyboardInterrupt
 
-    def raised_by(function: Any, *, interruptible: bool = False) -> str:
+    def raised_by(function: Any, *, interruptible: bool = False, on: Any = None) -> str:
         try:
-            rank_zero.run(function, interruptible=interruptible)
+            (on or rank_zero).run(function, interruptible=interruptible)
         except BaseException as error:
             return f"{type(error).__name__}: {error}"
         return "nothing"
@@ -176,22 +177,17 @@ def on_two_ranks() -> dict[str, Any]:
         return 42
 
     result = rank_zero.run(work)
-    errors = {"error": raised_by(fail), "interrupt": raised_by(interrupt)}
-    errors["stop"] = raised_by(interrupt, interruptible=True)
-    heard: dict[str, int] = {"heard after an error": rank_zero.signals.first}
-    signalled = RankZero(dp, control)
-    if rank == 0:
-        signalled.signals.received.append(signal.SIGUSR1)
-    with pytest.raises(StopRequested):
-        signalled.run(work, interruptible=True)
-    heard["heard"] = signalled.signals.first
-    signalled.signals.hear_of(signal.SIGTERM)
-    heard["heard later"] = signalled.signals.first
+    errors = {"error": raised_by(fail)}
+    heard = {"heard after an error": rank_zero.signals.first, **what_is_heard(dp, control)}
+    own = RankZero(dp, control)
+    errors["interrupt"] = raised_by(interrupt, on=own)
+    heard["heard of the user's function"] = int(own.signals.first)
+    errors["stop"] = raised_by(interrupt, interruptible=True, on=RankZero(dp, control))
     ended: list[str] = []
     rank_zero.after_failure.append(lambda: ended.append(f"rank {rank}, of {largest(rank + 1, control)}"))
     rank_zero.run(lambda: 0)
     raised_by(fail)
-    raised_by(interrupt, interruptible=True)
+    raised_by(interrupt, interruptible=True, on=RankZero(dp, control, after_failure=rank_zero.after_failure))
     after_calls = rank_zero.run(call_twice)
     sequences = make_sequences(8) if rank == 0 else None
     mine = scatter_shares(sequences, 2, dp, control, 8)
@@ -220,3 +216,17 @@ def on_two_ranks() -> dict[str, Any]:
         "gathered": gather_to_rank_zero(f"of {rank}", dp, control),
         "agreement": agreement,
     }
+
+
+def what_is_heard(dp: ParallelLayout, control: Any) -> dict[str, int]:
+    """Of a signal that only rank 0 was sent, and of one that came later."""
+    from megatron_fipo.trainer.exchange import RankZero, StopRequested
+
+    signalled = RankZero(dp, control)
+    if dp.rank == 0:
+        signalled.signals.received.append(signal.SIGUSR1)
+    with pytest.raises(StopRequested):
+        signalled.run(lambda: 41, interruptible=True)
+    heard = signalled.signals.first
+    signalled.signals.hear_of(signal.SIGTERM)
+    return {"heard": heard, "heard later": signalled.signals.first}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,9 @@ from megatron_fipo import run
 from megatron_fipo.actor.checkpoint_files import CheckpointError
 from megatron_fipo.actor.finite_weights import BrokenWeights
 from megatron_fipo.checks import holds_checkpoints
+from megatron_fipo.interruption import Signals
 from megatron_fipo.rollout.engine import EngineError
+from megatron_fipo.trainer.exchange import StopRequested
 
 
 def stages(*, received: list[int], saver: Any) -> Any:
@@ -42,6 +45,29 @@ def test_a_run_that_saves_is_not_finished_but_its_state_is_written(monkeypatch: 
     saver = SimpleNamespace(finish=lambda: finished.append("saved"))
     assert run._Stages.train(stages(received=[15], saver=saver), 0) is False
     assert finished == ["saved"]
+
+
+def test_a_signal_that_comes_while_the_ranks_agree_waits_for_the_next_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other ranks have just agreed to go on: a rank that stopped alone would wait for them for ever."""
+    signals = Signals()
+
+    def largest(mine: int, control: Any) -> int:
+        signals.received.append(signal.SIGUSR1)
+        return mine
+
+    monkeypatch.setattr(run, "largest", largest)
+    self: Any = SimpleNamespace(saver=None, signals=signals, control=None)
+    run._Stages._pause(self)
+    with pytest.raises(StopRequested):
+        run._Stages._pause(self)
+
+
+def test_a_pause_stops_for_what_another_rank_was_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    self: Any = SimpleNamespace(saver=None, signals=Signals(), control=None)
+    monkeypatch.setattr(run, "largest", lambda mine, control: signal.SIGTERM)
+    with pytest.raises(StopRequested):
+        run._Stages._pause(self)
+    assert self.signals.first == signal.SIGTERM
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -18,7 +18,7 @@ MAX_FILE_LINES = 450
 MAX_FUNCTION_LINES = 80
 
 DATA = frozenset(
-    {"types", "config", "data_config", "run_config", "megatron_config", "parallel", "user_function", "sheltered"}
+    "types config data_config run_config megatron_config parallel user_function sheltered interruption".split()
 )
 MIDDLE = frozenset({"ops", "losses", "data", "rewards", "weights", "metrics"})
 # A part of the package, and the other parts it may import. Other modules directly in megatron_fipo/ put a run together:
