@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 import torch
-from checking import ROOT, CheckFailed, arguments, require_gpus, require_modules, run_check
+from checking import ROOT, CheckFailed, Skip, arguments, require_gpus, require_modules, run_check
 
 LAYOUTS: dict[int, tuple[list[str], ...]] = {
     1: ([],),
@@ -53,7 +53,8 @@ def in_bf16(options: argparse.Namespace) -> bool:
 
 
 def run_ranks(layout: list[str], num_ranks: int, options: argparse.Namespace) -> float:
-    """The gradient norm that rank 0 found. Raises CheckFailed with the last words of a rank that failed."""
+    """The gradient norm that rank 0 found. Raises CheckFailed with the last words of a rank that failed, Skip where all
+    of them lack something."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
     launch += [
         "--rdzv-backend",
@@ -73,7 +74,9 @@ def run_ranks(layout: list[str], num_ranks: int, options: argparse.Namespace) ->
         float(each["reason"].rpartition("gradient norm ")[2]) for each in found if "gradient norm" in each["reason"]
     ]
     if done.returncode or len(norms) != 1:
-        words = [each["reason"] for each in found if each["result"] != "passed"] or [done.stderr[-300:]]
+        if found and all(each["result"] == "skipped" for each in found):
+            raise Skip(found[0]["reason"])
+        words = [each["reason"] for each in found if each["result"] == "failed"] or [done.stderr[-300:]]
         raise CheckFailed(f"{' '.join(layout) or 'dp'}: {words[0]}")
     return norms[0]
 

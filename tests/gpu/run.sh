@@ -4,7 +4,7 @@
 #
 #   bash tests/gpu/run.sh [--only TEXT] [--list] [--log-dir DIR]        PYTHON names another interpreter
 #
-# Exit status: 0 none failed, 1 one failed, 2 no GPU, 3 every check was skipped.
+# Exit status: 0 none failed, 1 one failed, 2 no GPU, 3 every check was skipped, 130 interrupted.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)

@@ -1,7 +1,8 @@
 """Runs every check of the GPU path, each a process of its own, and prints a table. Started by run.sh.
 
 Exit status: 0 when checks ran and none failed, 1 when one failed, 2 without torch or a CUDA device, 3 when every check
-was skipped for what the machine lacks. A check's own status is 0 passed, 1 failed, 77 skipped.
+was skipped for what the machine lacks, 130 when interrupted (the table holds what ran). A check's own status is 0
+passed, 1 failed, 77 skipped.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +22,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 GROUPED = "moe_grouped_gemm=true"
+GRACE_S = 30.0  # for a check that is asked to end
 ENGINE = ("--transformer-impl", "transformer_engine")
 
 
@@ -92,10 +95,16 @@ def main() -> int:
         print(f"tests/gpu: {problem}", file=sys.stderr)
         return 2
     options.log_dir.mkdir(parents=True, exist_ok=True)
-    outcomes = []
-    for check in chosen:
-        outcomes.append(run(check, options.log_dir))
-        print(f"{outcomes[-1].result:8} {check.name} ({outcomes[-1].seconds:.0f} s)", file=sys.stderr, flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: checks are in sessions of their own
+    outcomes: list[Outcome] = []
+    try:
+        for check in chosen:
+            outcomes.append(run(check, options.log_dir))
+            print(f"{outcomes[-1].result:8} {check.name} ({outcomes[-1].seconds:.0f} s)", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        print(table(outcomes))
+        print(f"tests/gpu: interrupted before {len(chosen) - len(outcomes)} of {len(chosen)} checks", file=sys.stderr)
+        return 130
     print(table(outcomes))
     return exit_status(outcomes)
 
@@ -120,18 +129,44 @@ def run(check: Check, log_dir: Path) -> Outcome:
     command = [sys.executable, str(program), *check.command[1:]]
     started = time.monotonic()
     with log.open("w") as file:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+            env={"OMP_NUM_THREADS": "4", **os.environ}, start_new_session=True,
+        )  # fmt: skip
         try:
-            status = subprocess.run(
-                command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, check=False,
-                timeout=check.timeout_s, env={"OMP_NUM_THREADS": "4", **os.environ},
-            ).returncode  # fmt: skip
+            status = process.wait(check.timeout_s)
         except subprocess.TimeoutExpired:
             return Outcome(check, "failed", time.monotonic() - started, f"not done after {check.timeout_s} s: {log}")
+        finally:
+            end(process)
     seconds = time.monotonic() - started
     result, reason = read_result(log.read_text(errors="replace"))
     if {"passed": 0, "failed": 1, "skipped": 77}.get(result) != status:
         result, reason = "failed", f"ended with status {status}: {log}"
     return Outcome(check, result, seconds, reason)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """A check that hung or was interrupted must not leave what it started on the GPU of the next one: torchrun ends its
+    ranks when it is asked to, engines end with who started them."""
+    for number, grace_s in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, 5.0)):
+        if not signal_group(process.pid, number):
+            return
+        deadline = time.monotonic() + grace_s
+        while time.monotonic() < deadline:
+            process.poll()  # so that it counts as gone
+            if not signal_group(process.pid, 0):
+                return
+            time.sleep(0.1)
+
+
+def signal_group(group: int, number: int) -> bool:
+    """Whether anybody is left in the process group to get the signal."""
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def read_result(output: str) -> tuple[str, str]:

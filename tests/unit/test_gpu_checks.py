@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gpu"))
 
+import check_layouts
 import check_quickstart
 import checking
 import run_checks
@@ -42,7 +45,7 @@ def test_a_check_counts_by_its_last_word_and_its_status(tmp_path: Path, monkeypa
         "lacks.py": 'print(\'{"result": "skipped", "reason": "not installed: x"}\'); raise SystemExit(77)',
         "dies.py": 'print(\'{"result": "passed", "reason": ""}\'); raise SystemExit(139)',
         "mute.py": "",
-        "hangs.py": "import time; time.sleep(60)",
+        "hangs.py": "import subprocess, time; print(subprocess.Popen(['sleep', '60']).pid, flush=True); time.sleep(60)",
     }
     for name, text in programs.items():
         (tmp_path / name).write_text(text + "\n")
@@ -61,9 +64,25 @@ def test_a_check_counts_by_its_last_word_and_its_status(tmp_path: Path, monkeypa
     assert found["fails.py"].reason == "off by 3"
     assert found["dies.py"].reason.startswith("ended with status 139")
     assert found["hangs.py"].reason.startswith("not done after 1 s")
+    assert not Path("/proc", (tmp_path / "hangs.log").read_text().strip()).exists()  # its child would hold the GPU
     table = run_checks.table(list(found.values())).splitlines()
     assert table[0] == "| check | result | seconds | reason |"
     assert table[2].endswith("| a / b |")
+
+
+def test_layouts_whose_ranks_all_lack_something_are_skipped_not_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    skipped = '{"result": "skipped", "reason": "not installed: transformer_engine"}\n'
+    failed = '{"result": "failed", "reason": "off by 3"}\n'
+    options = SimpleNamespace(device="cpu", transformer_impl="transformer_engine", family="qwen2")
+    for output, error, words in (
+        (skipped * 2, checking.Skip, "^not installed: transformer_engine$"),
+        (skipped + failed, checking.CheckFailed, "^tp=2: off by 3$"),
+        ("", checking.CheckFailed, "^tp=2: killed$"),
+    ):
+        done = subprocess.CompletedProcess([], 1, output, "killed")
+        monkeypatch.setattr(check_layouts.subprocess, "run", lambda *_, done=done, **__: done)
+        with pytest.raises(error, match=words):
+            check_layouts.run_ranks(["tp=2"], 2, options)
 
 
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,8 +112,6 @@ def test_the_exit_status_tells_failed_from_nothing_could_run() -> None:
 
 
 def test_the_quickstarts_flags_are_flags(repo_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from types import SimpleNamespace
-
     options = SimpleNamespace(hf_checkpoint="model", device="cuda", steps=12, flags=["--seed", "3"])
     settings = parse_arguments(check_quickstart.training_flags(options, "out"))
     assert (settings.run.train_iters, settings.run.seed, settings.megatron.device) == (12, 3, "cuda")
