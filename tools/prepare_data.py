@@ -19,6 +19,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from megatron_fipo.data_config import DataSettings
 from megatron_fipo.types import Problem
 
 DEFAULTS = DataSettings(prompt_data="-")
+HELP = {field.name: field.metadata["help"] for field in fields(DataSettings) if "help" in field.metadata}
 QUANTILES = (0, 0.25, 0.5, 0.75, 0.95, 1)
 NUM_SHOWN = 20  # rows named by check
 NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
@@ -280,41 +282,54 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="describe|check|convert|make")
     columns = argparse.ArgumentParser(add_help=False)
-    columns.add_argument("--input-key", default=DEFAULTS.input_key)
-    columns.add_argument("--label-key", default=DEFAULTS.label_key)
-    columns.add_argument("--dedup-key", default=DEFAULTS.dedup_key)
-    columns.add_argument("--deduplicate", action=argparse.BooleanOptionalAction, default=True)
+    for name in ("input_key", "label_key", "dedup_key"):
+        shown = f"{HELP[name]} (default: %(default)s)"
+        columns.add_argument(f"--{name.replace('_', '-')}", default=getattr(DEFAULTS, name), metavar="KEY", help=shown)
+    columns.add_argument(
+        "--deduplicate", action=argparse.BooleanOptionalAction, default=True, help=f"{HELP['deduplicate']} (default)"
+    )
     tokens = argparse.ArgumentParser(add_help=False)
-    tokens.add_argument("--apply-chat-template", action="store_true")
-    tokens.add_argument("--prompt-template", default=None)
-    tokens.add_argument("--system-prompt", default=None)
+    tokens.add_argument("--apply-chat-template", action="store_true", help=HELP["apply_chat_template"])
+    tokens.add_argument("--prompt-template", default=None, metavar="TEXT", help=HELP["prompt_template"])
+    tokens.add_argument("--system-prompt", default=None, metavar="TEXT", help=HELP["system_prompt"])
 
     command = commands.add_parser("describe", parents=[columns, tokens], help="what files hold", allow_abbrev=False)
     command.add_argument("files", nargs="+", metavar="FILE")
-    command.add_argument("--hf-checkpoint", default=None, help="measure prompts in this tokenizer's tokens")
+    command.add_argument("--hf-checkpoint", default=None, metavar="DIR", help="measure prompts in its tokens")
     command.set_defaults(command=describe)
     command = commands.add_parser(
         "check", parents=[columns, tokens], help="what a run would refuse", allow_abbrev=False
     )
     command.add_argument("files", nargs="+", metavar="FILE")
-    command.add_argument("--hf-checkpoint", required=True)
-    command.add_argument("--rollout-max-prompt-len", type=int, default=None)
+    command.add_argument("--hf-checkpoint", required=True, metavar="DIR", help="the tokenizer")
+    command.add_argument(
+        "--rollout-max-prompt-len",
+        type=int,
+        metavar="N",
+        help="name longer prompts; without it length is not looked at",
+    )
     command.set_defaults(command=check)
     command = commands.add_parser("convert", parents=[columns], help="a file without repeated rows", allow_abbrev=False)
     command.add_argument("file", metavar="FILE")
     command.add_argument("--without", nargs="+", default=[], metavar="FILE", help="leave out what these files ask")
     command.add_argument("out", metavar="OUT", help="a .jsonl or .parquet file")
-    command.add_argument("--overwrite", action="store_true")
+    command.add_argument("--overwrite", action="store_true", help="replace OUT")
     command.set_defaults(command=convert)
     command = commands.add_parser("make", help="a seeded task's problems", allow_abbrev=False)
-    command.add_argument("task", metavar="TASK")
+    command.add_argument("task", metavar="TASK", help="a data set of reasoning-gym, such as chain_sum")
     command.add_argument("out", metavar="OUT", help="a .jsonl or .parquet file")
-    command.add_argument("--overwrite", action="store_true")
-    command.add_argument("--num-problems", type=int, required=True)
-    command.add_argument("--seed", type=int, default=1)
+    command.add_argument("--overwrite", action="store_true", help="replace OUT")
+    command.add_argument("--num-problems", type=int, required=True, metavar="N", help="problems to write to OUT")
+    command.add_argument("--seed", type=int, default=1, help="of OUT's problems (default: %(default)s)")
     command.add_argument("--task-args", default="{}", help="the task's parameters as JSON")
     command.add_argument("--eval-out", default=None, metavar="OUT", help="the held-out problems")
-    command.add_argument("--num-eval-problems", type=int, default=DEFAULTS.num_eval_problems)
+    command.add_argument(
+        "--num-eval-problems",
+        type=int,
+        default=DEFAULTS.num_eval_problems,
+        metavar="N",
+        help="problems held out of OUT (default: %(default)s)",
+    )
     command.set_defaults(command=make)
     return parser
 

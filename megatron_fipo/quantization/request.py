@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
 from megatron_fipo.config import RolloutSettings, require
@@ -13,6 +13,7 @@ from megatron_fipo.data_config import DataSettings
 from megatron_fipo.quantization.formats import AWQ_GROUP_SIZES, FORMATS, Format
 
 DEFAULTS = DataSettings(prompt_data="-")
+HELP = {field.name: field.metadata["help"] for field in fields(DataSettings) if "help" in field.metadata}
 DEFAULT_SEQ_LENGTH = 2048
 DATA_FIELDS = (
     *("task", "eval_prompt_data", "input_key", "label_key", "apply_chat_template", "prompt_template", "system_prompt"),
@@ -105,14 +106,16 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--hf-checkpoint", required=True, metavar="DIR", help="the model to quantise")
-    parser.add_argument("--save", required=True, metavar="DIR", help="absent or empty: what is written")
+    parser.add_argument("--save", required=True, metavar="DIR", help="where the result goes; must be absent or empty")
     parser.add_argument("--format", required=True, choices=FORMATS, help="nvfp4 needs a GPU")
     parser.add_argument(
         "--group-size", type=int, help=f"of int4-awq, one of {AWQ_GROUP_SIZES}; None: the coarsest that fits the model"
     )
     _add_data_options(parser.add_argument_group("calibration prompts, as training reads them"))
     _add_evaluation_options(parser.add_argument_group("accuracy before and after"))
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA when there is any"
+    )
     parser.add_argument("--bf16", action="store_true", help="compute in bf16 rather than fp32: half the memory")
     parser.add_argument("--seed", type=int, default=1, help="of the order of the calibration prompts")
     parser.add_argument("--max-shard-mb", type=int, default=4096, help="largest safetensors file, MiB")
@@ -128,22 +131,33 @@ def _add_data_options(group: Any) -> None:
         "--calibration-seq-length", type=int, default=DEFAULT_SEQ_LENGTH, metavar="N", help="tokens of the longest one"
     )
     group.add_argument(
-        "--calibration-response-len", type=int, default=0, metavar="N", help="calibrate on so long greedy answers too"
+        "--calibration-response-len", type=int, default=0, metavar="N", help="also the model's greedy answers, so long"
     )
-    group.add_argument("--on-long-prompt", choices=("error", "skip", "truncate-left"), default="error")
-    group.add_argument("--input-key", default=DEFAULTS.input_key)
-    group.add_argument("--label-key", default=DEFAULTS.label_key)
-    group.add_argument("--deduplicate", action=argparse.BooleanOptionalAction, default=True)
-    group.add_argument("--dedup-key", default=DEFAULTS.dedup_key)
-    group.add_argument("--apply-chat-template", action="store_true")
-    group.add_argument("--prompt-template")
-    group.add_argument("--system-prompt")
+    group.add_argument(
+        "--on-long-prompt",
+        choices=("error", "skip", "truncate-left"),
+        default="error",
+        help=HELP["on_long_prompt"].replace("--rollout-max-prompt-len", "--calibration-seq-length"),
+    )
+    for name in ("input_key", "label_key", "dedup_key"):
+        flag = f"--{name.replace('_', '-')}"
+        group.add_argument(flag, default=getattr(DEFAULTS, name), metavar="KEY", help=HELP[name])
+    group.add_argument("--deduplicate", action=argparse.BooleanOptionalAction, default=True, help=HELP["deduplicate"])
+    group.add_argument("--apply-chat-template", action="store_true", help=HELP["apply_chat_template"])
+    group.add_argument("--prompt-template", metavar="TEXT", help=HELP["prompt_template"])
+    group.add_argument("--system-prompt", metavar="TEXT", help=HELP["system_prompt"])
 
 
 def _add_evaluation_options(group: Any) -> None:
-    group.add_argument("--eval-prompt-data", nargs="+", default=(), metavar="NAME=FILE", help="without it: none")
+    group.add_argument("--eval-prompt-data", nargs="+", default=(), metavar="NAME=FILE", help="problems to answer before and after")
     group.add_argument("--rm-type", help="the reward (default: the task's own)")
-    group.add_argument("--custom-rm-path", metavar="MODULE:FUNCTION")
+    group.add_argument("--custom-rm-path", metavar="MODULE:FUNCTION", help=HELP["custom_rm_path"])
     group.add_argument("--num-eval-problems", type=int, default=DEFAULTS.num_eval_problems, help="held out by a task")
-    group.add_argument("--eval-max-response-len", type=int, default=RolloutSettings.rollout_max_response_len)
+    group.add_argument(
+        "--eval-max-response-len",
+        type=int,
+        default=RolloutSettings.rollout_max_response_len,
+        metavar="N",
+        help="longest answer, tokens",
+    )
     group.add_argument("--eval-batch-size", type=int, default=32, help="problems answered together")
