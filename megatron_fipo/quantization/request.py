@@ -149,7 +149,9 @@ def _add_data_options(group: Any) -> None:
 
 
 def _add_evaluation_options(group: Any) -> None:
-    group.add_argument("--eval-prompt-data", nargs="+", default=(), metavar="NAME=FILE", help="problems to answer before and after")
+    group.add_argument(
+        "--eval-prompt-data", nargs="+", default=(), metavar="NAME=FILE", help="problems to answer before and after"
+    )
     group.add_argument("--rm-type", help="the reward (default: the task's own)")
     group.add_argument("--custom-rm-path", metavar="MODULE:FUNCTION", help=HELP["custom_rm_path"])
     group.add_argument("--num-eval-problems", type=int, default=DEFAULTS.num_eval_problems, help="held out by a task")
