@@ -156,7 +156,8 @@ def plan_given_layout(request: PlanRequest) -> Planned:
 
 def search_layouts(request: PlanRequest) -> tuple[list[Planned], list[Rejected]]:
     """(layouts that fit, cheapest first; the others with the reason). Where recomputation is not decided by a flag, a
-    layout that only fits with full recomputation is tried with it."""
+    layout that only fits with full recomputation is tried with it. Raises ValueError for what is wrong in any."""
+    _check_uncut(request)
     fitting: list[Planned] = []
     rejected: list[Rejected] = []
     decides = "megatron.transformer.recompute_granularity" in request.given
@@ -174,6 +175,14 @@ def search_layouts(request: PlanRequest) -> tuple[list[Planned], list[Rejected]]
             if decides or recomputes:
                 rejected.append(Rejected(sizes, recomputes, "; ".join(planned.plan.problems)))
     return sorted(fitting, key=lambda planned: planned.cost.seconds_per_token), rejected
+
+
+def _check_uncut(request: PlanRequest) -> None:
+    """Raise ValueError for what the checkpoint contradicts before it is cut into any layout."""
+    settings = settings_from(_without_budget(request))
+    whole = training_of(settings, request.arch, 1, request.expert_imbalance)
+    check_architecture(settings, whole.layout)
+    check_layer_flags(settings.megatron, request.arch, whole.transformer_impl)
 
 
 def _is_on_cpu(given: Mapping[str, Given]) -> bool:

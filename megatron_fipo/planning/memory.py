@@ -144,7 +144,9 @@ def _problems(plan: Plan, engine: Engine) -> tuple[str, ...]:
     for turn in plan.turns:
         if turn.total > limit:
             said = f"{turn.name} takes {turn.total / GIB:.1f} GiB of {limit / GIB:.1f} ({_largest(turn)})"
-            found.append(said + _fraction_that_fits(plan, turn))
+            found.append(
+                said + (_levers(plan.training) if turn.name == "training" else _fraction_that_fits(plan, turn))
+            )
     if plan.engine.cache_tokens < engine.longest:
         found.append(
             f"an engine's cache holds {plan.engine.cache_tokens} tokens, less than one longest sequence "
@@ -154,11 +156,21 @@ def _problems(plan: Plan, engine: Engine) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _levers(training: Training) -> str:
+    """What else would lower the activations in this layout."""
+    least, levers = -(-training.longest // training.layout.cp), []
+    if training.rows > least:
+        levers.append(f"--max-tokens-per-micro-batch may be as low as {least}")
+    if training.recompute.granularity != "full":
+        levers.append("--recompute-granularity full keeps least")
+    return f": {', '.join(levers)}" if levers else ""
+
+
 def _fraction_that_fits(plan: Plan, turn: Turn) -> str:
     """How the engine's cache could make room, where that is all that is needed."""
     cache = turn.parts.get("KV cache", 0)
     too_much = turn.total - plan.cluster.gpu_bytes
-    if turn.name == "training" or cache <= too_much:
+    if cache <= too_much:
         return ""
     fraction = plan.engine.fraction - too_much / _free_at_start(plan.cluster)
     return f": --sglang-mem-fraction-static {math.floor(fraction * 100) / 100:.2f} leaves room"

@@ -199,7 +199,12 @@ def test_the_worst_pipeline_rank_is_shown() -> None:
 def test_what_does_not_fit_says_why() -> None:
     found = plan("--gpu-memory-gib", "40")
     assert not found.fits
-    assert any(problem.startswith("training takes 5") and "activations" in problem for problem in found.problems)
+    (problem,) = (problem for problem in found.problems if problem.startswith("training takes 5"))
+    assert "activations" in problem
+    assert problem.endswith("): --recompute-granularity full keeps least")  # the budget is one longest sequence
+    words = ("--gpu-memory-gib", "20", "--max-tokens-per-micro-batch", "20000", "--recompute-granularity", "full")
+    problem = plan(*words, "--recompute-method", "uniform", "--recompute-num-layers", "4").problems[0]
+    assert problem.endswith("): --max-tokens-per-micro-batch may be as low as 11264")
     (problem,) = plan("--sglang-mem-fraction-static", "0.2").problems
     assert "raise --sglang-mem-fraction-static (0.20)" in problem
     (problem,) = plan("--sglang-mem-fraction-static", "0.9").problems
@@ -234,6 +239,23 @@ def test_a_small_gpu_has_no_layout() -> None:
     (only,) = rejected
     assert only.recomputes
     assert "training takes" in only.reason
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--num-layers", "63"), "^--num-layers is 63, but the checkpoint's config.json says 64$"),
+        (
+            ("--moe-grouped-gemm",),
+            "^--moe-grouped-gemm is True, but must be absent: the checkpoint's model .qwen2. has",
+        ),
+        (("--rollout-max-response-len", "131072"), "133120, but must be at most the checkpoint's context, 131072"),
+        (("--rollout-num-gpus-per-engine", "3"), "^--rollout-num-gpus-per-engine is 3, but must be a divisor"),
+    ],
+)
+def test_flags_that_are_wrong_in_any_layout_are_an_error_of_the_search(words: tuple[str, ...], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        search_layouts(search("Qwen2.5-32B", "--nodes", "16", *words))
 
 
 def test_tables_and_json_show_the_same() -> None:
