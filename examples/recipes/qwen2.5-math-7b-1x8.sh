@@ -4,6 +4,7 @@
 #   bash examples/recipes/qwen2.5-math-7b-1x8.sh                             on that node
 #   bash examples/recipes/qwen2.5-math-7b-1x8.sh --slurm --time 24:00:00     submits it; --dry-run shows the job
 #   bash examples/recipes/qwen2.5-math-7b-1x8.sh plan                        memory by part, as below
+#   bash examples/recipes/qwen2.5-math-7b-1x8.sh --print-config              every setting, and what a start would refuse
 #
 # Further options of the launcher may follow, and after -- further flags of the program.
 #

@@ -4,6 +4,7 @@
 #   bash examples/recipes/smollm2-1gpu.sh                             a few minutes
 #   bash examples/recipes/smollm2-1gpu.sh --slurm --time 24:00:00     submits it; --dry-run shows the job
 #   bash examples/recipes/smollm2-1gpu.sh plan                        memory by part, as below
+#   bash examples/recipes/smollm2-1gpu.sh --print-config              every setting, and what a start would refuse
 #
 # Further options of the launcher may follow, and after -- further flags of the program.
 #

@@ -1,4 +1,5 @@
-# Sourced at the end of every recipe: starts the program here, submits it (--slurm), or says what it takes (plan).
+# Sourced at the end of every recipe: starts the program here, submits it (--slurm), or says what it takes (plan) and what
+# it would be told (--print-config).
 # The recipe has set PYTHON, MODEL, NODES, GPUS_PER_NODE (on a CPU: ranks), GPU_MEMORY_GIB, the arrays that follow, and
 # perhaps SLURM_ARGS.
 
@@ -17,6 +18,10 @@ case ${LAUNCH_ARGS[0]:-} in
     plan)
         exec "$PYTHON" tools/plan.py "${PROGRAM_ARGS[@]}" --nodes "$NODES" --gpus-per-node "$GPUS_PER_NODE" \
             --gpu-memory-gib "$GPU_MEMORY_GIB" "${LAUNCH_ARGS[@]:1}"
+        ;;
+    --print-config)
+        exec "$PYTHON" -m megatron_fipo.launch --nnodes "$NODES" --nproc-per-node "$GPUS_PER_NODE" \
+            -m megatron_fipo.train "${PROGRAM_ARGS[@]}" "${LAUNCH_ARGS[@]}"
         ;;
     --slurm)
         per_node=--gpus-per-node

@@ -41,9 +41,10 @@ def started(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[t
     python.chmod(0o755)
     found = {}
     for name, (model, *_) in RECIPES.items():
-        for told in ("", "plan", "--slurm --time 1:00:00 -- --seed 7"):
+        for told in ("", "plan", "--print-config", "--slurm --time 1:00:00 -- --seed 7"):
             environment = {"PATH": os.environ["PATH"], "PYTHON": str(python), "MODEL": str(MODELS / model)}
-            environment |= {"NODE_RANK": "1", "MASTER_ADDR": "node0"}
+            if not told:
+                environment |= {"NODE_RANK": "1", "MASTER_ADDR": "node0"}
             words = ["bash", str(repo_root / f"examples/recipes/{name}.sh"), *told.split()]
             shown = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=20, check=True)
             found[name, told] = shown.stdout.splitlines()
@@ -111,6 +112,16 @@ def test_nodes_are_the_launchers_and_words_after_the_dashes_the_programs(
     assert job.requeue is settings_of(submitting).run.auto_resume
     assert settings_of(submitting).run.seed == 7
     assert settings_of(submitting).megatron == settings_of(words).megatron
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_settings_are_printed_for_all_nodes_from_one(started: dict[tuple[str, str], list[str]], name: str) -> None:
+    words, start = started[name, "--print-config"], started[name, ""]
+    program = words.index("megatron_fipo.train") + 1
+    _, num_nodes, per_node = RECIPES[name]
+    ranks = ["--nnodes", str(num_nodes), "--nproc-per-node", str(per_node)]
+    assert words[:program] == ["-m", "megatron_fipo.launch", *ranks, "-m", "megatron_fipo.train"]
+    assert words[program:] == [*start[start.index("megatron_fipo.train") + 1 :], "--print-config"]
 
 
 @pytest.mark.parametrize(("name", "run"), [("qwen2.5-32b-16x8", "fipo-32b"), ("qwen2.5-math-7b-4x8", "fipo-7b")])
