@@ -25,7 +25,8 @@ from megatron_fipo.actor.checkpoint_reading import CheckpointError, kind_of, sho
 from megatron_fipo.actor.megatron_weights import find_megatron_checkpoint
 from megatron_fipo.actor.torch_dist_files import StoredTensors, read_common
 from megatron_fipo.weights.architecture import read_architecture, read_config
-from megatron_fipo.weights.hf_files import INDEX_NAME, SAFETENSORS_DTYPES, SINGLE_NAME, HFWeights, check_hf_shapes
+from megatron_fipo.weights.hf_files import HFWeights, check_hf_shapes
+from megatron_fipo.weights.shard_writing import INDEX_NAME, SAFETENSORS_DTYPES, SINGLE_NAME
 from megatron_fipo.weights.source import is_finite
 from megatron_fipo.weights.stored_names import EXTRA_STATE, OPTIMIZER_KEY, TRACKER
 

@@ -1,4 +1,4 @@
-"""Hugging Face safetensors on disk: read in pieces through memory mapping, written as a stream of shards.
+"""Hugging Face directories on disk: tensors read in pieces through memory mapping, written as a stream.
 
 Knows files, names, shapes and dtypes; what a tensor means to Megatron is `mapping`'s affair.
 """
@@ -15,13 +15,12 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_fipo.config import require
-from megatron_fipo.weights.architecture import DTYPES, Architecture, hf_shapes
+from megatron_fipo.weights.architecture import DTYPES, Architecture, hf_shapes, read_architecture
+from megatron_fipo.weights.shard_writing import INDEX_NAME, SAFETENSORS_DTYPES, SINGLE_NAME, write_shards
 
-SINGLE_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 EXPORT_RECEIPT = "export_receipt.json"
 """Lists the files of an export with their sizes: what may be replaced by the next export."""
 
@@ -55,7 +54,6 @@ CARRIED_FILES = (
 """What an export takes over from the model it started from, where it is there: among it every file that one of
 transformers' tokenizers reads."""
 
-SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")  # a buffer that old files carry
 ROWS_PER_COMPARISON = 4096
 MAX_NAME_LEN = 200  # of a file that an index names
@@ -205,26 +203,27 @@ def write_hf_checkpoint(
 ) -> None:
     """Write `tensors` as a Hugging Face directory that transformers loads bit-equal: `save_dir`.
 
-    Streams: at most one shard of `max_shard_bytes` is held, copied, so the producer may reuse its buffers. All tensors
-    share one dtype, which is entered in the copy of `source_dir`'s config.json; tokenizer and generation config are
+    Streams: no tensor is held, so the producer may reuse its buffers. They are those of `source_dir`'s architecture, in
+    any order, and share one dtype, which is entered in the copy of its config.json; tokenizer and generation config are
     copied as they are. Everything is written aside in the same parent and renamed at the end, so `save_dir` is never
     half-made; if `tensors` raises, it is untouched. An earlier export is replaced, an empty directory filled; any other
     directory, or an export with files added, raises ValueError, as do `source_dir` itself and what cannot be written.
     """
     save_dir, source_dir = Path(save_dir).absolute(), Path(source_dir).absolute()
     check_replaceable(save_dir, source_dir)
+    shapes = hf_shapes(read_architecture(source_dir))
     aside = save_dir.with_name(f".{save_dir.name}.{os.getpid()}.partial")
     try:
         save_dir.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
-        dtype = _write_shards(aside, tensors, max_shard_bytes)
+        dtype = write_shards(aside, tensors, shapes, max_shard_bytes=max_shard_bytes)
         carry_files(source_dir, aside)
         _set_config_dtype(aside / "config.json", dtype, source_dir)
         sizes = {name: (aside / name).stat().st_size for name in sorted(_entries(aside))}
         (aside / EXPORT_RECEIPT).write_text(json.dumps({"size_bytes": sizes}, indent=2) + "\n")
         _commit(aside, save_dir)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise ValueError(f"the export directory {save_dir} cannot be written: {error}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -336,48 +335,6 @@ def _files_of_export(directory: Path) -> set[str]:
         return {*same, receipt.name}
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError):
         raise ValueError(f"{receipt} is not the receipt of an export: remove it with its directory") from None
-
-
-def _write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> torch.dtype:
-    """Write the stream as safetensors, with an index if there is more than one file. Returns the tensors' dtype."""
-    shards: list[list[str]] = []  # names by shard
-    held: dict[str, Tensor] = {}
-    held_bytes = total_bytes = 0
-    dtypes: set[torch.dtype] = set()
-
-    def flush() -> None:
-        path = directory / f"shard-{len(shards)}"
-        path.touch()
-        mode = path.stat().st_mode
-        save_file(held, path, metadata={"format": "pt"})
-        path.chmod(mode)  # safetensors makes its files private
-        shards.append(list(held))
-        held.clear()
-
-    for name, tensor in tensors:
-        assert not any(name in shard for shard in (held, *shards)), f"{name} exported twice"
-        dtypes.add(tensor.dtype)
-        if held and held_bytes + tensor.nbytes > max_shard_bytes:
-            flush()
-            held_bytes = 0
-        # a copy of its own: safetensors refuses views that share storage
-        held[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        held_bytes += tensor.nbytes
-        total_bytes += tensor.nbytes
-    assert held, "an export without tensors"
-    assert len(dtypes) == 1, f"an export of mixed dtypes: {dtypes}"
-    flush()
-
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    if len(shards) == 1:
-        names = [SINGLE_NAME]
-    else:
-        weight_map = {tensor_name: file for shard, file in zip(shards, names, strict=True) for tensor_name in shard}
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        (directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
-    for i, name in enumerate(names):
-        (directory / f"shard-{i}").rename(directory / name)
-    return dtypes.pop()
 
 
 def _set_config_dtype(path: Path, dtype: torch.dtype, source_dir: Path) -> None:

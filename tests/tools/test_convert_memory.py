@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from megatron_fipo.weights.hf_files import HFWeights, write_hf_checkpoint
 
 MIB = 2**20
 SHARD_BYTES = 40 * MIB
+LARGEST_BYTES = 32 * MIB  # of the parameters: the embedding
 
 
 def make_large(directory: Path, *, num_layers: int, hidden_size: int) -> Path:
@@ -56,7 +58,9 @@ print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 def peak_memory(tool: str, *arguments: object) -> int:
     """Bytes of main memory that the tool held at most, files that it mapped among them."""
     command = [sys.executable, "-c", MEASURED, str(REPO_ROOT / "tools" / f"{tool}.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # else glibc keeps up to 64 MiB of what was freed: nothing beside shards of gigabytes, much beside these
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(MIB)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return int(done.stdout.splitlines()[-1]) * 1024
 
@@ -80,7 +84,7 @@ def test_memory_is_that_of_a_shard(tmp_path: Path, capsys: pytest.CaptureFixture
         sizes = f"{model_bytes / MIB:.0f} MiB in shards of {SHARD_BYTES / MIB:.0f} MiB"
         print(f"\nconverting {sizes} took {told} more than a tiny model")
     for peak, base in zip(found, before):
-        assert peak - base < 4 * SHARD_BYTES < model_bytes / 2
+        assert peak - base < SHARD_BYTES + LARGEST_BYTES + 10 * MIB < model_bytes / 4
     one, other = HFWeights(source), HFWeights(large / "back")
     for name in ("model.embed_tokens.weight", "model.layers.12.mlp.up_proj.weight"):
         assert torch.equal(one.read(name), other.read(name))

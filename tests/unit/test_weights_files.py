@@ -164,7 +164,7 @@ def test_export_loads_in_transformers_bit_equal(tmp_path, dtype, max_shard_bytes
     buffer = torch.empty(10**5, dtype=dtype)
 
     def stream() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in wanted.items():
+        for name, tensor in reversed(wanted.items()):  # the order is the producer's
             view = buffer[: tensor.numel()].view(tensor.shape)
             yield name, view.copy_(tensor)  # one buffer for all, as a weight sync has it
 

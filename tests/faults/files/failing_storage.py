@@ -25,6 +25,7 @@ from megatron_fipo.trainer.evaluation_file import ResponseFile, blocks_of
 from megatron_fipo.trainer.evaluation_result import EvaluatedProblem, EvaluatedResponse
 from megatron_fipo.trainer.recording import read_rollouts, write_rollouts
 from megatron_fipo.types import Group, Problem, Prompt, RewardResult, Sample
+from megatron_fipo.weights.architecture import hf_shapes, read_architecture
 from megatron_fipo.weights.hf_files import HFWeights, write_hf_checkpoint
 
 CALLS = ("fsync", "rename", "replace", "mkdir")
@@ -199,11 +200,13 @@ class _Export(_Recording):
     largest, size = 100_000, 400_000
 
     def write(self, number: int) -> None:
-        tensors = [("a", torch.full((50_000,), float(number))), ("b", torch.full((50_000,), float(number)))]
+        shapes = hf_shapes(read_architecture(self.model_dir))
+        tensors = ((name, torch.full(shape, float(number))) for name, shape in shapes.items())
         write_hf_checkpoint(self.where / "out", self.model_dir, tensors, max_shard_bytes=200_000)
 
     def whole(self) -> str:
-        values = {float(HFWeights(self.where / "out").read(name)[-1]) for name in ("a", "b")}
+        weights = HFWeights(self.where / "out")
+        values = {float(bound) for name in weights.names for bound in weights.read(name).aminmax()}
         assert len(values) == 1, values
         assert all(load_file(path) for path in (self.where / "out").glob("*.safetensors"))
         return str(int(values.pop()))
