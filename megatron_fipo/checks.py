@@ -311,7 +311,13 @@ def check_directories(settings: Settings) -> None:
                 "must be a directory of this run: --pretrained-checkpoint starts from the weights of the other"
             )
     if run.load is not None:
-        require(holds_checkpoints(run.load), "--load", run.load, "a directory of checkpoints: it has no `latest`")
+        require(
+            holds_checkpoints(run.load),
+            "--load",
+            run.load,
+            "a directory of this program's checkpoints: it has no `latest`. To begin anew leave it out, and "
+            "--exit-on-missing-checkpoint; --pretrained-checkpoint takes the weights of Megatron-LM's",
+        )
     if rollout.replay_rollouts is not None:
         require(Path(rollout.replay_rollouts).is_dir(), "--replay-rollouts", rollout.replay_rollouts, "a directory")
     for flag, directory in (

@@ -214,7 +214,7 @@ def test_a_fresh_run_does_not_write_over_an_old_one(checkpoint: Path, tmp_path: 
 
 
 def test_what_is_to_be_read_must_exist(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--load is '.*none', but must be a directory of checkpoints"):
+    with pytest.raises(ValueError, match=r"--load is '.*none', but must be a directory of this program's checkpoints"):
         check_run(parse(checkpoint, "--load", str(tmp_path / "none"), output_dir=tmp_path), ALONE)
     with pytest.raises(ValueError, match=r"--replay-rollouts is '.*none', but must be a directory"):
         check_run(parse(checkpoint, "--replay-rollouts", str(tmp_path / "none"), output_dir=tmp_path), ALONE)
