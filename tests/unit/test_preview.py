@@ -92,7 +92,7 @@ def test_everything_is_named_at_once(model: Path) -> None:
         (["--rollout-max-prompt-len", "16384"], "must be at most the checkpoint's context, 32768 tokens"),
         (["--tensor-model-parallel-size", "3"], "is 3, but must be a divisor of the number of ranks (8)"),
         (["--pretrained-checkpoint", "/nowhere"], "--pretrained-checkpoint"),
-        (["--load", "/nowhere"], "--load is '/nowhere', but must be a directory of this program's checkpoints: it has no `latest`. To begin"),
+        (["--load", "/nowhere"], "--load is '/nowhere', but must be a directory of this program's checkpoints"),
         (["--prompt-data", "/nowhere.jsonl"], "--prompt-data is '/nowhere.jsonl', but no such file exists"),
         (["--eval-prompt-data", "a=/nowhere.jsonl"], "'/nowhere.jsonl', but no such file exists"),
         (["--rollout-placement", "disaggregated"], "--rollout-num-engines"),
