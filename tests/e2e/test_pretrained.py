@@ -1,4 +1,4 @@
-"""A run that begins with Megatron's weights and not with those of --hf-checkpoint: trainer, engine, and what comes out."""
+"""A run that begins with Megatron's weights and not with those of --hf-checkpoint: trainer, engine, and the result."""
 
 from __future__ import annotations
 
