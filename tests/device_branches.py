@@ -21,13 +21,9 @@ PATCHES = "the patches applied"
 
 ALLOWED: dict[str, dict[str, str]] = {
     "megatron_fipo/actor/checkpoint.py": {
-        'return actor.device.type == "cpu"': BACKEND,
         "if torch.cuda.is_available():": "the device's random state is part of a checkpoint",
         'state["cuda"] = torch.cuda.get_rng_state()': "the device's random state is part of a checkpoint",
         'torch.cuda.set_rng_state(state["cuda"])': "the device's random state is part of a checkpoint",
-    },
-    "megatron_fipo/actor/checkpoint_writing.py": {
-        'if tensor.device.type == "cpu" and tensor.untyped_storage().data_ptr() in self._fresh:': "a copy less",
     },
     "megatron_fipo/actor/export.py": {'backend = "nccl" if device.type == "cuda" else "gloo"': BACKEND},
     "megatron_fipo/actor/local_spec.py": {

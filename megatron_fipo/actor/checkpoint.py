@@ -5,7 +5,6 @@ checkpoint_files.py commits and verifies the directory; here is what goes into i
 
 from __future__ import annotations
 
-import functools
 import json
 import threading
 from collections.abc import Mapping, Sequence
@@ -36,8 +35,13 @@ from megatron_fipo.actor.checkpoint_reading import read_tensors, reason
 from megatron_fipo.actor.checkpoint_writing import Snapshot, Written, saved, take_snapshot, write, write_metadata
 from megatron_fipo.actor.finite_weights import require_finite_weights
 from megatron_fipo.actor.model import gather_parameters, unwrapped
+from megatron_fipo.actor.optimizer_shards import use_own_shards
 
 FP8_SCALES = "fp8_scaling"
+FORMAT_OF_STATE = {
+    "distrib_optim_sharding_type": "fully_reshardable",  # in the parameters' own shapes: readable at any TP, PP and DP
+    "chained_optim_avoid_prefix": True,  # one name for a moment, whether or not experts have their own optimizer
+}
 
 
 def save_checkpoint(
@@ -116,19 +120,17 @@ def snapshot_of(actor: Actor, step: int, trainer_state: Mapping[str, Any] | None
         gather_parameters(actor.chunks)
         _begin_optimizer_state(actor)
 
-    fresh: list[torch.Tensor] = []
     states: list[dict[str, Any]] = []
     snapshots: list[Snapshot] = []
 
     def describe() -> None:
-        state = _sharded_state(actor, fresh, is_loading=False)
-        states.append({**state, "content_metadata": _format(actor)})
+        states.append({**_sharded_state(actor, is_loading=False), "content_metadata": FORMAT_OF_STATE})
 
     # one after the other: a rank that has no memory left must not leave the others waiting in what comes next
     agreed(take_small_files, control)
     agreed(begin, control)
     agreed(describe, control)
-    agreed(lambda: snapshots.append(take_snapshot(states[0], fresh, small_files, control)), control)
+    agreed(lambda: snapshots.append(take_snapshot(states[0], small_files, control)), control)
     return snapshots[0]
 
 
@@ -148,7 +150,7 @@ def load_checkpoint(actor: Actor, directory: Path) -> bool:
         raise CheckpointError(f"{directory / RUN_STATE} holds a layout without {', '.join(sorted(unsaid))}")
     _allocate_optimizer_state(actor)
     wanted = _hyperparameters(actor)
-    loaded = load_sharded(_sharded_state(actor, [], is_loading=True), directory, control)
+    loaded = load_sharded(_sharded_state(actor, is_loading=True), directory, control)
     agreed(lambda: _take_over(actor, loaded, directory), control)
     _require_same_hyperparameters(directory, _hyperparameters(actor), wanted)
     same_layout = state["layout"] == layout
@@ -236,15 +238,6 @@ def _distributed_parts(actor: Actor) -> list[DistributedOptimizer]:
     return [part for part in parts if isinstance(part, DistributedOptimizer)]
 
 
-def _format(actor: Actor) -> dict[str, Any]:
-    """Adam's state in the parameters' own shapes: readable at any TP, PP and DP."""
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": _is_on_cpu(actor),  # gather over gloo, without `.cuda()`
-        "chained_optim_avoid_prefix": True,  # one name for a moment, whether or not experts have their own optimizer
-    }
-
-
 def _fitted_optimizer_state(actor: Actor, loaded: dict[Any, Any]) -> dict[Any, Any]:
     """What was loaded, divided among this actor's optimizers.
 
@@ -262,25 +255,19 @@ def _fitted_optimizer_state(actor: Actor, loaded: dict[Any, Any]) -> dict[Any, A
     for index in range(len(parts)):
         own = loaded if len(parts) == 1 else loaded[index]
         settings = {**saved[0]["optimizer"], "param_groups": [dict(group) for group in groups]}
-        fitted[index] = {**saved[0], "optimizer": settings, "param_state": own["param_state"]}
+        fitted[index] = {**saved[0], "optimizer": settings, "param_state": own.get("param_state", {})}
     return fitted[0] if len(parts) == 1 else fitted
 
 
-def _is_on_cpu(actor: Actor) -> bool:
-    return actor.device.type == "cpu"
-
-
-def _sharded_state(actor: Actor, fresh: list[torch.Tensor], *, is_loading: bool) -> dict[str, Any]:
-    """megatron-core's description of model, optimizer and schedule. `fresh` gets the tensors that were made for it."""
+def _sharded_state(actor: Actor, *, is_loading: bool) -> dict[str, Any]:
+    """megatron-core's description of model, optimizer and schedule, whose tensors are the actor's own."""
     for part in _distributed_parts(actor):
-        part.get_parameter_state_dp_zero = functools.partial(_state_with_gaps, part, fresh)
-        if _is_on_cpu(actor):
-            part.data_parallel_group_gloo = part.data_parallel_group  # which is gloo already
+        use_own_shards(part)
     model = _sharded_model(actor.chunks)
-    optimizer = actor.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_format(actor))
+    optimizer = actor.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(FORMAT_OF_STATE))
     for part in [optimizer, *optimizer.values()]:
-        if isinstance(part, dict) and part.get("param_state", ...) is None:
-            del part["param_state"]  # gathered elsewhere: what is not a tensor must be the same on every rank
+        if isinstance(part, dict) and part.get("param_state", ...) == {}:
+            del part["param_state"]  # a share of padding alone: what is not a tensor must be the same on every rank
     return {
         "model": model,
         "optimizer": optimizer,
@@ -291,37 +278,6 @@ def _sharded_state(actor: Actor, fresh: list[torch.Tensor], *, is_loading: bool)
 def _sharded_model(chunks: Sequence[nn.Module]) -> dict[str, Any]:
     """Under global layer numbers inside, so that any number of chunks can load what any other saved."""
     return {f"chunk_{index}": unwrapped(chunk).sharded_state_dict() for index, chunk in enumerate(chunks)}
-
-
-def _state_with_gaps(part: DistributedOptimizer, fresh: list[torch.Tensor], **options: Any) -> dict[Any, Any] | None:
-    """`get_parameter_state_dp_zero` with every bucket where the buffer has it.
-
-    megatron-core strings the buckets together without the padding at their ends, but then cuts parameters out at their
-    places in the padded buffer: with two buckets (a tied embedding on the last stage, or overlapping reduction) and a
-    padded one, all later parameters would be saved with their neighbours' moments, without an error.
-    """
-    state = DistributedOptimizer.get_parameter_state_dp_zero(part, **options)
-    if state is None:
-        return None
-    for index, buffer in enumerate(part.buffers):
-        for tensors in state[index].values():
-            for name, packed in tensors.items():
-                if name != "numel_unpadded":
-                    tensors[name] = _spread(packed, buffer)
-                    fresh.append(tensors[name])
-    return state
-
-
-def _spread(packed: torch.Tensor, buffer: Any) -> torch.Tensor:
-    """[buffer.numel_unpadded] -> [buffer.numel], zeros in the padding of buckets."""
-    spread = packed.new_zeros(buffer.numel)
-    start = 0
-    for bucket in buffer.buckets:
-        end = start + bucket.numel_unpadded
-        spread[bucket.offset : bucket.offset + bucket.numel_unpadded] = packed[start:end]
-        start = end
-    assert start == len(packed), (start, len(packed))
-    return spread
 
 
 def _model_of(actor: Actor) -> dict[str, Any]:

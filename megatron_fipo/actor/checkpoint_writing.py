@@ -73,17 +73,14 @@ class Written:
     places: dict[MetadataIndex, _StorageInfo] = field(default_factory=dict)
 
 
-def take_snapshot(
-    state: dict[str, Any], fresh: Sequence[torch.Tensor], small_files: Mapping[str, bytes], control: dist.ProcessGroup
-) -> Snapshot:
+def take_snapshot(state: dict[str, Any], small_files: Mapping[str, bytes], control: dist.ProcessGroup) -> Snapshot:
     """Plan the checkpoint of `state` (megatron-core's sharded state) and copy this rank's part of it.
 
-    Tensors in the memory of `fresh`, which nobody else writes to, are not copied again. What is not sharded must be
-    the same on every rank. Collective over `control` (all ranks).
+    What is not sharded must be the same on every rank. Collective over `control` (all ranks).
     """
     sharded, common = save_preprocess(state)
     by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)
-    writer = _SnapshotWriter({tensor.untyped_storage().data_ptr() for tensor in fresh})
+    writer = _SnapshotWriter()
     (_, metadata, _), *_ = save_state_dict_async_plan(
         mcore_to_pyt_state_dict(by_key, False),
         writer,
@@ -107,8 +104,7 @@ def write(snapshot: Snapshot, directory: Path, abandoned: threading.Event) -> Wr
         written.entries[name] = write_file(directory / name, content, abandoned)
     for shard in snapshot.shards:
         with _HashedFile(directory / shard.name, abandoned) as stream:
-            for item, held in shard.items:
-                data = held.clone() if isinstance(held, torch.Tensor) and _is_part(held) else held
+            for item, data in shard.items:
                 result = filesystem_async._write_item(
                     _StorageWriterTransforms(), stream, data, item, shard.name, SerializationFormat.TORCH_SAVE
                 )
@@ -145,9 +141,8 @@ class _SnapshotWriter:
 
     can_run_decentralized_global_plan = True
 
-    def __init__(self, fresh: set[int]) -> None:
+    def __init__(self) -> None:
         self.shards: list[Shard] = []
-        self._fresh = fresh
 
     def set_up_storage_writer(self, is_coordinator: bool) -> None:
         pass
@@ -169,15 +164,7 @@ class _SnapshotWriter:
         if item.type == WriteItemType.BYTE_IO:
             require_no_object(data.getvalue(), item.index.fqn)
             return data
-        tensor = data.detach()
-        if tensor.device.type == "cpu" and tensor.untyped_storage().data_ptr() in self._fresh:
-            return tensor
-        return tensor.to("cpu", copy=True)
-
-
-def _is_part(tensor: torch.Tensor) -> bool:
-    """Whether torch.save would write more than this tensor: it writes all the memory that one is part of."""
-    return tensor.untyped_storage().nbytes() != tensor.numel() * tensor.itemsize
+        return data.detach().to("cpu", copy=True)
 
 
 class _HashedFile:

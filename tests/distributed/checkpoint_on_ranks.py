@@ -12,9 +12,11 @@ import torch
 import torch.distributed as dist
 from actor_on_ranks import make_actor, make_groups, settings_for
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from tiny_models import make_sequences
 
-from megatron_fipo.actor import checkpoint_saver
+from megatron_fipo.actor import checkpoint, checkpoint_saver
 from megatron_fipo.actor.actor import Actor
 from megatron_fipo.actor.checkpoint import load_checkpoint, save_checkpoint
 from megatron_fipo.actor.checkpoint_files import (
@@ -157,7 +159,29 @@ def resume_case(
         "metrics_equal": resumed_metrics == metrics[saved_step * NUM_UPDATES :],
         "lrs": [update["lr"] for update in metrics if update is not None],
         "num_tensors": len(wanted),
+        "bytes_written": [
+            sum(path.stat().st_size for path in directory.glob(f"__{rank}_*.distcp"))
+            for rank in range(dist.get_world_size())
+        ],
+        "gathered": [gathered(resumed, is_loading=is_loading) for is_loading in (False, True)],
     }
+
+
+def gathered(actor: Actor, *, is_loading: bool) -> list[str]:
+    """Names of optimizer tensors to save, or load, that are not the optimizer's own memory."""
+    parts = getattr(actor.optimizer, "chained_optimizers", [actor.optimizer])
+    held = {
+        tensor.untyped_storage().data_ptr()
+        for part in parts
+        for group in part.optimizer.param_groups
+        for parameter in group["params"]
+        for tensor in (parameter, *part.optimizer.state[parameter].values())
+        if isinstance(tensor, torch.Tensor)
+    }
+    described = checkpoint._sharded_state(actor, is_loading=is_loading)["optimizer"]
+    tensors = [item for item in nested_values(described) if isinstance(item, ShardedTensor)]
+    assert len(tensors) > 20, "nothing to save"
+    return [item.key for item in tensors if item.data.untyped_storage().data_ptr() not in held]
 
 
 def reshard(model_dir: str, root: str, layouts: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -77,6 +77,18 @@ def test_a_resumed_run_is_the_undisturbed_one_to_the_last_bit(resumed: dict[str,
     assert outcome["state"]["trainer"] == {"position": 7}
 
 
+@pytest.mark.parametrize("case", [*ONE_RANK, *TWO_RANKS])
+def test_no_rank_gathers_what_others_hold_of_the_optimizer(resumed: dict[str, Any], case: str) -> None:
+    assert resumed[case]["gathered"] == [[], []]
+
+
+def test_data_parallel_ranks_share_out_the_optimizer_state(resumed: dict[str, Any]) -> None:
+    """Of 14 bytes a parameter the second rank writes 6: its half of masters and moments."""
+    for case in ("dp2 bf16", "cp2 bf16"):
+        first, second = resumed[case]["bytes_written"]
+        assert second / (first + second) == pytest.approx(6 / 14, abs=0.04)
+
+
 def test_the_warm_up_crosses_the_checkpoint(resumed: dict[str, Any]) -> None:
     lrs = resumed["one rank fp32"]["lrs"]
     assert len(lrs) == NUM_STEPS * NUM_UPDATES
