@@ -70,7 +70,7 @@ def main() -> None:
         mib = {name: start_child(options, name, shape) / MIB for name in losses}
         floor_s = FLOOR_BYTES * shape[0] * shape[1] / bandwidth
         for name in losses:
-            to_eager = [f"{x[name] / x['eager']:.2f}" if "eager" in x else "" for x in (both, mib)]
+            to_eager = [f"{x[name] / x['eager']:.2f}" if x.get("eager") else "" for x in (both, mib)]
             print(
                 f"| {shape[0]}x{shape[1]} | {name} | {1e3 * forward[name]:.2f} | {1e3 * both[name]:.2f} | {to_eager[0]}"
                 f" | {floor_s / both[name]:.2f} | {mib[name]:.0f} | {to_eager[1]} |",

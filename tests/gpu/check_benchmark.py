@@ -15,11 +15,16 @@ import sys
 import torch
 from checking import ROOT, CheckFailed, arguments, require_modules, run_check
 
-SMALL = {"logprob_head": ["--shape", "64,16,500", "--rounds", "1", "--repeats", "1", "--chunk-sizes", "32"]}
+SMALL = {
+    "future_kl": ["--rounds", "1"],
+    "fused_loss": ["--shape", "2,64", "--rounds", "1", "--contestants", "fused", "eager"],
+    "logprob_head": ["--shape", "64,16,500", "--rounds", "1", "--repeats", "1", "--chunk-sizes", "32"],
+}
 
 
 def check(options: argparse.Namespace, device: torch.device) -> str:
-    require_modules("numpy", *(["triton"] if device.type == "cuda" else []))
+    rival = ["scipy"] if options.name == "future_kl" else []
+    require_modules("numpy", *(["triton"] if device.type == "cuda" else rival))
     small = SMALL[options.name] if device.type == "cpu" else []
     flags = ["--device", device.type, *small, *options.flags]
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -33,6 +38,6 @@ def check(options: argparse.Namespace, device: torch.device) -> str:
 
 if __name__ == "__main__":
     parser = arguments(__doc__)
-    parser.add_argument("name", choices=("future_kl", "fused_loss", "logprob_head"))
+    parser.add_argument("name", choices=tuple(SMALL))
     parser.add_argument("flags", nargs="*", help="after --: the benchmark's own")
     sys.exit(run_check(check, parser.parse_args()))

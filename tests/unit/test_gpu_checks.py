@@ -12,6 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gpu"))
 
+import check_benchmark
 import check_layouts
 import check_quickstart
 import checking
@@ -26,6 +27,12 @@ def test_every_program_that_is_there_is_run_under_a_name_of_its_own(repo_root: P
     programs = {path.name for path in (repo_root / "tests" / "gpu").glob("check_*.py")}
     assert programs <= {check.command[0] for check in CHECKS}
     assert len({check.name for check in CHECKS}) == len(CHECKS)
+
+
+def test_every_benchmark_has_a_small_form_for_the_cpu() -> None:
+    assert {check.command[1] for check in CHECKS if check.command[0] == "check_benchmark.py"} == set(
+        check_benchmark.SMALL
+    )
 
 
 def test_the_page_of_what_never_ran_names_every_check_and_none_that_is_not_there(repo_root: Path) -> None:
