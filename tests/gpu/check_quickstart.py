@@ -15,9 +15,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from checking import ROOT, CheckFailed, Skip, arguments, require, require_modules, run_check
+from checking import MODEL, ROOT, CheckFailed, arguments, require, require_model, require_modules, run_check
 
-MODEL = ROOT / "runs" / "models" / "SmolLM2-135M-Instruct"
 FLAGS = {
     "--bf16": (),
     "--task": ("small_arithmetic",),
@@ -48,10 +47,7 @@ def training_flags(options: argparse.Namespace, output_dir: str) -> list[str]:
 
 def check(options: argparse.Namespace, device: torch.device) -> str:
     require_modules("transformers", "megatron.core", "sglang", "reasoning_gym", "rich", "tensorboard")
-    if not Path(options.hf_checkpoint, "config.json").is_file():
-        raise Skip(
-            f"no model in {options.hf_checkpoint}: python tools/prepare_smollm2.py --save {options.hf_checkpoint}"
-        )
+    require_model(options.hf_checkpoint)
     launch = [sys.executable, "-m", "megatron_fipo.launch", "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
     launch += ["--rdzv-endpoint", "localhost:0", "-m", "megatron_fipo.train"]
     with tempfile.TemporaryDirectory() as directory:

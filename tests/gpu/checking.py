@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, MutableMapping
@@ -17,6 +18,8 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+MODEL = ROOT / "runs" / "models" / "SmolLM2-135M-Instruct"
+"""The quickstart's, made from its wheel."""
 STATUS = {"passed": 0, "failed": 1, "skipped": 77}
 
 
@@ -68,6 +71,19 @@ def require_gpus(device: torch.device, count: int) -> None:
     """Raises Skip where there are fewer; on the CPU any number of processes will do."""
     if device.type == "cuda" and torch.cuda.device_count() < count:
         raise Skip(f"{count} GPUs are needed, {torch.cuda.device_count()} are visible")
+
+
+def require_model(directory: Path) -> None:
+    """Make the quickstart's model where it is asked for and not there yet. Raises Skip where it cannot be made, and
+    where another model that is asked for is not there."""
+    if (directory / "config.json").is_file():
+        return
+    command = ["tools/prepare_smollm2.py", "--save", str(directory)]
+    if directory != MODEL:
+        raise Skip(f"no model in {directory}: python {' '.join(command)}")
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise Skip(f"no model in {directory}: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")
 
 
 def exact_fp32(environment: MutableMapping[str, str]) -> None:

