@@ -75,9 +75,9 @@ def export_buckets(
 
     A bucket holds at most `bucket_bytes`, or one tensor that is larger, and a small model's less (`bucket_size`). On
     the way is at most the next piece: beside its own shards a receiver holds the bucket it packs, those that the
-    caller keeps, and two pieces; a sender its shares of two pieces. One point-to-point
-    transfer for each piece, receiver and rank that has what it lacks, over the default group. All parameters have one
-    dtype; with `quantise` the tensors of `fp8.is_quantised` become two (weights/fp8.py).
+    caller keeps, and two pieces; a sender its shares of two pieces. One point-to-point transfer for each piece,
+    receiver and rank that has what it lacks, over the default group's one communicator. All parameters have one dtype;
+    with `quantise` the tensors of `fp8.is_quantised` become two (weights/fp8.py).
     """
     if bucket_bytes < 1:
         raise ValueError(f"bucket_bytes is {bucket_bytes}, but must be at least 1")
@@ -90,6 +90,9 @@ def export_buckets(
     pieces = plan(arch, layout, table, bucket_bytes, dtype)
     capacity = max(bucket_bytes, *sizes)  # memory that is not written is not taken
     under_way: deque[_Transfer] = deque()
+    if layout.world_size > 1:
+        # NCCL makes its communicator of all ranks in the first collective; not every rank takes part in a batch
+        dist.all_reduce(torch.zeros(1, device=next(iter(named.values())).device))
 
     def finish() -> Iterator[WeightBucket]:
         transfer = under_way.popleft()
@@ -141,9 +144,11 @@ def plan(
 def _start(
     number: int, piece: Piece, named: Mapping[str, Tensor], layout: ParallelLayout, receivers: Sequence[int]
 ) -> _Transfer:
-    """Post this rank's sends and receives of a piece. Every rank goes through all of them in the same order, so that
-    two ranks that send to each other agree on which comes first."""
-    transfer = _Transfer(piece, [], {}, [])
+    """Post this rank's sends and receives of a piece, as one batch: NCCL makes a communicator for every pair of ranks
+    that sends outside of one. Every rank goes through all pieces in the same order, so that no batch waits in a circle.
+    """
+    shares: dict[int, Tensor] = {}
+    posted: list[dist.P2POp] = []
     flat_of: dict[tuple[str, ...], Tensor] = {}
     example = next(iter(named.values()))
     for receiver in receivers:
@@ -154,15 +159,12 @@ def _start(
                 names = tuple(entry.name for entry in entries)
                 if names not in flat_of:
                     flat_of[names] = torch.cat([named[name].reshape(-1) for name in names])
-                transfer.sent.append(flat_of[names])
-                work = dist.isend(flat_of[names], dst=receiver, tag=number)
+                posted.append(dist.P2POp(dist.isend, flat_of[names], receiver, tag=number))
             else:
-                share = example.new_empty(sum(torch.Size(entry.shape).numel() for entry in entries))
-                transfer.shares[source] = share
-                work = dist.irecv(share, src=source, tag=number)
-            assert work is not None, "this rank is in the default group"
-            transfer.works.append(work)
-    return transfer
+                shares[source] = example.new_empty(sum(torch.Size(entry.shape).numel() for entry in entries))
+                posted.append(dist.P2POp(dist.irecv, shares[source], source, tag=number))
+    works = dist.batch_isend_irecv(posted) if posted else []
+    return _Transfer(piece, works, shares, [*flat_of.values()])
 
 
 def _contributions(piece: Piece, layout: ParallelLayout, receiver: int) -> dict[int, list[TableEntry]]:

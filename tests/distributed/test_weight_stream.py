@@ -91,7 +91,7 @@ def count_calls() -> dict[str, int]:
         call.uncounted = original  # type: ignore[attr-defined]
         return call
 
-    for name in ("isend", "irecv", "send", "recv", "all_gather"):
+    for name in ("P2POp", "batch_isend_irecv", "send", "recv", "all_gather"):
         setattr(dist, name, counting(name))
     return counted
 
@@ -162,10 +162,20 @@ def test_no_bucket_is_larger_than_asked_unless_it_is_one_tensor(
 def test_a_bucket_takes_a_tenth_of_the_calls_of_single_tensors(
     layout: str, streamed: dict[str, list[dict[str, Any]]]
 ) -> None:
-    in_buckets = sum(sum(found["calls"].values()) for found in streamed[layout])
+    in_buckets = sum(found["calls"]["P2POp"] for found in streamed[layout])
     single = sum(sum(found["calls_per_tensor"].values()) for found in streamed[layout])
     single *= len(LAYOUTS[layout][3])  # one receiver's
     assert 0 < 10 * in_buckets <= single, (in_buckets, single)
+
+
+@pytest.mark.parametrize("layout", ["tp2, both receive", "pp2 tied", "tp2 pp2", "tp2 sp ep2"])
+def test_all_transfers_of_a_piece_are_one_batch(layout: str, streamed: dict[str, list[dict[str, Any]]]) -> None:
+    """Outside of one, NCCL makes a communicator for each pair of ranks, which stays."""
+    num_pieces = LAYOUTS[layout][2].get("pp", 1)  # in one bucket that takes all
+    for found in streamed[layout]:
+        calls = found["calls"]
+        assert 1 <= calls["batch_isend_irecv"] <= num_pieces
+        assert calls.keys() == {"batch_isend_irecv", "P2POp"}
 
 
 def in_fp8(directory: str) -> dict[str, torch.Tensor]:
