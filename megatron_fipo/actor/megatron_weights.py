@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import types
@@ -17,6 +18,7 @@ from torch import Tensor
 from megatron_fipo.actor.checkpoint_files import COMMON, FORMAT, RUN_STATE
 from megatron_fipo.actor.checkpoint_reading import CheckpointError, read_bytes, read_json, shown
 from megatron_fipo.actor.torch_dist_files import StoredTensors, read_common
+from megatron_fipo.config import require
 from megatron_fipo.weights.architecture import Architecture, hf_shapes
 from megatron_fipo.weights.mapping import (
     OUTPUT,
@@ -77,6 +79,7 @@ class MegatronWeights:
         self.directory, self.arch = directory, arch
         self.stored = StoredTensors(directory)
         self.settings = read_settings(self.stored)
+        self._require_room()
         self._parts: dict[str, list[tuple[Place, ...]]] = {}
         differences = self.settings_differences()
         names = expected_megatron_names(arch, range(arch.num_layers), first_stage=True, last_stage=True)
@@ -105,6 +108,22 @@ class MegatronWeights:
         self._name_of = {hf: name for name in names for hf in hf_names_of(name)}
         self._hf_shapes = hf_shapes(arch)
         self._last: tuple[str, dict[str, Tensor]] | None = None
+
+    def _require_room(self) -> None:
+        """Layers and experts are stacked, in one of the first two dimensions, or have keys of their own: more of them
+        than the longest of these would only be counted to be missed, which can take longer than anyone waits."""
+        sizes = [self.stored.shape(key) for key in self.stored.tensors]
+        most = max([len(sizes), *(max(shape[:2]) for shape in sizes if shape)])
+        num_elements = sum(math.prod(shape) for shape in sizes)
+        layers, experts = self.arch.num_layers, self.arch.num_moe_experts or 0
+        for name, count, known in (
+            ("num_hidden_layers", layers, most),
+            ("num_experts", experts, most),
+            ("num_hidden_layers x num_experts", layers * experts, num_elements),
+        ):
+            require(
+                count <= known, f"config.json: {name}", count, f"<= {known}: more is not in {shown(self.directory)}"
+            )
 
     def settings_differences(self) -> list[str]:
         """What the checkpoint says of its model against the architecture."""

@@ -237,12 +237,14 @@ def test_an_export_that_was_edited_is_not_replaced(
         assert edited.read_bytes() == change
 
 
-def test_layers_that_no_file_holds_are_refused_at_once(model: Path, tmp_path: Path) -> None:
+def test_layers_that_no_file_holds_are_refused_at_once(model: Path, megatron: Path, tmp_path: Path) -> None:
     shutil.copytree(model, tmp_path / "hf")
     config = json.loads((model / "config.json").read_text()) | {"num_hidden_layers": 10**9, "layer_types": None}
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="num_hidden_layers is 1000000000, but must be at most the number of tensors"):
         hf_to_megatron(tmp_path / "hf", tmp_path / "out")
+    with pytest.raises(ValueError, match="num_hidden_layers is 1000000000, but must be <= 256: more is not in"):
+        megatron_to_hf(megatron / "release", tmp_path / "hf", tmp_path / "out")
 
 
 def test_an_interrupted_replacement_gives_the_earlier_export_its_name_back(megatron: Path, model: Path) -> None:
