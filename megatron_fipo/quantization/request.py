@@ -67,6 +67,7 @@ def parse_request(words: Sequence[str] | None) -> QuantizationRequest:
         values["task_args"] = json.loads(args.task_args)
     except json.JSONDecodeError as error:
         raise ValueError(f"--task-args is {args.task_args!r}, which is not JSON: {error}") from error
+    require(isinstance(values["task_args"], dict), "--task-args", args.task_args, 'a JSON object: {"name": value}')
     values["eval_prompt_data"] = tuple(args.eval_prompt_data)
     if args.rm_type is not None or args.custom_rm_path is not None:
         require(

@@ -144,6 +144,10 @@ def test_the_same_run_writes_the_same_bytes(model_dir: Path, files: dict[str, Pa
         ({"format": "fp4"}, "argument --format: invalid choice: 'fp4'"),
         ({"calibration_data": None}, "--calibration-data FILE or by --task NAME"),
         ({"task": "small_arithmetic"}, "--calibration-data FILE or by --task NAME"),
+        (
+            {"task": "small_arithmetic", "calibration_data": None, "task_args": "[1]"},
+            "--task-args is '[1]', but must be a",
+        ),
         ({"calibration_data": "none"}, "none.jsonl', which holds no problem"),
         ({"calibration_data": "nowhere.jsonl"}, "--calibration-data is 'nowhere.jsonl', but no such file exists"),
         ({"num_calibration_samples": 0}, "--num-calibration-samples is 0, but must be >= 1"),
