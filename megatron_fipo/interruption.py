@@ -22,6 +22,7 @@ from megatron_fipo.sheltered import ASKING
 
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: the run can go on from where it was saved
 RAISED_AGAIN_AFTER_S = 1.0
+HEEDED_WITHIN_S = 10.0  # by a start, where nothing is lost
 SAME_REQUEST_S = 1.0  # a terminal and a launcher may both pass on what was asked once
 LAUNCHER_PID = "MEGATRON_FIPO_LAUNCHER_PID"  # variable in which launch.py says who it is
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -47,8 +48,9 @@ class Signals:
 
     The first one starts the grace time (`set_grace`): when it is over, or when a second one arrives more than a second
     after the first, the process ends at once, whatever it is doing, with what `status_at_once` says. Engines and
-    graders notice that and end too. With `ends_process` the signals are ignored afterwards: launchers signal the ranks
-    that are not as quick to end as the first.
+    graders notice that and end too. So does a start that waits in C++, where no handler runs, for ranks that may be
+    gone. With `ends_process` the signals are ignored afterwards: launchers signal the ranks that are not as quick to
+    end as the first.
     """
 
     def __init__(self, *, ends_process: bool = False) -> None:
@@ -58,6 +60,7 @@ class Signals:
         self._status_at_once: Callable[[int], tuple[int, str]] | None = None
         self._is_ending = False
         self._is_deferring = False
+        self.has_begun = False  # there is something to lose
         self._before: dict[int, Any] = {}
         self._hook = sys.unraisablehook
         self._pipe = (-1, -1)
@@ -107,7 +110,7 @@ class Signals:
 
     def defer(self) -> None:
         """From now on signals are noted and raise nothing, but inside `interruptible`."""
-        self._is_deferring = True
+        self._is_deferring = self.has_begun = True
         signal.setitimer(signal.ITIMER_REAL, 0)
 
     @contextlib.contextmanager
@@ -125,8 +128,8 @@ class Signals:
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
         """Inside, signals are noted only; on leaving, one that was noted raises where it would have outside."""
-        before = self._is_deferring
-        self.defer()
+        before, self._is_deferring = self._is_deferring, True
+        signal.setitimer(signal.ITIMER_REAL, 0)
         try:
             yield
         finally:
@@ -168,10 +171,15 @@ class Signals:
         while True:
             left = None
             if first and self._grace_s is not None:
-                left = max(0.0, began + self._grace_s - time.monotonic())
+                left = max(0.0, began + self._lives_s() - time.monotonic())
             readable, _, _ = select.select([self._pipe[0]], [], [], left)
             if not readable:
-                self._end_at_once(first, f"the run did not end within {self._grace_s:g} s (--exit-grace-s)")
+                seconds = self._lives_s()
+                if time.monotonic() < began + seconds:
+                    continue  # the signal has been heeded meanwhile
+                if seconds == self._grace_s:
+                    self._end_at_once(first, f"the run did not end within {seconds:g} s (--exit-grace-s)")
+                self._end_at_once(first, f"the start did not heed a signal within {seconds:g} s")
             numbers = os.read(self._pipe[0], 64)
             if _LAST in numbers:
                 return
@@ -180,6 +188,11 @@ class Signals:
                 first, began = asking[0], time.monotonic()
             elif asking and time.monotonic() - began > SAME_REQUEST_S and not self._is_ending:
                 self._end_at_once(first, f"a second signal ({signal.Signals(asking[0]).name}) ended the run at once")
+
+    def _lives_s(self) -> float:
+        assert self._grace_s is not None
+        is_heeded = self.received or self.has_begun or self._is_ending
+        return self._grace_s if is_heeded else min(self._grace_s, HEEDED_WITHIN_S)
 
     def _end_at_once(self, number: int, why: str) -> NoReturn:
         status, words = 128 + number, ""

@@ -23,14 +23,15 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from types import FrameType, ModuleType
+from typing import Any
 
 import psutil
 
 from megatron_fipo.config import require
-from megatron_fipo.interruption import LAUNCHER_PID
+from megatron_fipo.interruption import LAUNCHER_PID, REQUEUE
 from megatron_fipo.sheltered import ASKING
+from megatron_fipo.train import LOST_RANK, RUN_FAILED, USER_ERROR
 
-RUN_FAILED, USER_ERROR = 1, 2  # as the program's own
 FIRST_SIGNAL_STATUS = 128
 LEFT_TO_TORCHRUN = "SIGQUIT"
 TORCH_LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"
@@ -83,7 +84,7 @@ def _run(run: ModuleType, words: Sequence[str]) -> int:
     try:
         run.main(words)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        rank, failure = min(error.failures.items(), key=_weight)
         if failure.exitcode >= 0:
             said = [other.error_file_data for other in error.failures.values() if "said_aloud" in other.error_file_data]
             if said and not any(data["said_aloud"] for data in said):  # the rank that speaks was ended before it could
@@ -94,6 +95,17 @@ def _run(run: ModuleType, words: Sequence[str]) -> int:
     except SignalException as error:
         return FIRST_SIGNAL_STATUS + error.sigval
     return 0
+
+
+def _weight(ended: tuple[int, Any]) -> tuple[int, int]:
+    """Of ranks that ended between two looks the smallest counts: before those that a signal ended one that failed, last
+    one that only lost another; then the first."""
+    _, failure = ended
+    message = failure.error_file_data.get("message", {})
+    is_lost = isinstance(message, dict) and message.get("message", "").startswith(LOST_RANK)
+    number = -failure.exitcode if failure.exitcode < 0 else failure.exitcode - FIRST_SIGNAL_STATUS
+    is_asked = failure.exitcode == REQUEUE or number in ASKING
+    return 2 if is_lost else int(is_asked), failure.timestamp
 
 
 def _parsed(run: ModuleType, words: Sequence[str]) -> Namespace:

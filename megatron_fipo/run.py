@@ -25,6 +25,7 @@ from megatron_fipo.actor.checkpoint_files import (
 )
 from megatron_fipo.actor.checkpoint_saver import CheckpointSaver
 from megatron_fipo.actor.finite_weights import BrokenWeights
+from megatron_fipo.actor.last_word import passed_on
 from megatron_fipo.actor.megatron_weights import MegatronWeights
 from megatron_fipo.actor.setup import initialize_distributed, initialize_model_parallel, shut_down
 from megatron_fipo.arguments import Settings, config_text, config_values
@@ -65,7 +66,8 @@ def run(settings: Settings, checked: Checked, problems: Problems | None, signals
     """
     with contextlib.ExitStack() as stack:
         try:
-            return _run(settings, checked, problems, signals, stack)
+            with passed_on(signals):
+                return _run(settings, checked, problems, signals, stack)
         finally:
             signals.ending()  # before the clean-up
 

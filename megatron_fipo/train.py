@@ -44,10 +44,10 @@ def main(arguments: Sequence[str] | None = None, *, ends_process: bool = False) 
     What needs no Megatron is checked before Megatron is imported, which takes seconds; and all that needs no engine
     before one starts. `ends_process`: nothing comes after this, and no signal is to disturb that.
     """
-    from megatron_fipo.arguments import parse_arguments
+    from megatron_fipo.slurm_options import flag_value
 
     is_rank_zero = _is_zero("RANK", "SLURM_PROCID")
-    save: str | None = None
+    save = flag_value(sys.argv[1:] if arguments is None else arguments, "--save")  # for a signal that comes early
     with Signals(ends_process=ends_process) as signals, contextlib.ExitStack() as last:
         last.callback(remove_own_segments)
         try:
@@ -55,6 +55,8 @@ def main(arguments: Sequence[str] | None = None, *, ends_process: bool = False) 
                 # or else, should the launcher be killed, ranks would write beside those of the next run
                 launcher = os.environ.get(LAUNCHER_PID, "")
                 end_with_parent(launcher=int(launcher) if launcher.isdecimal() else None)
+            from megatron_fipo.arguments import parse_arguments
+
             try:
                 settings = parse_arguments(arguments, _preview)
                 _check_started(os.environ)
@@ -66,7 +68,7 @@ def main(arguments: Sequence[str] | None = None, *, ends_process: bool = False) 
 
             signals.set_grace(
                 settings.run.exit_grace_s,
-                lambda number: _status_at_once(number, save, holds_checkpoints, speaks=is_rank_zero),
+                lambda number: _status_at_once(number, save, holds_checkpoints, signals.has_begun, speaks=is_rank_zero),
             )
             return _checked_run(settings, signals, is_rank_zero)
         except KeyboardInterrupt:
@@ -78,8 +80,9 @@ def main(arguments: Sequence[str] | None = None, *, ends_process: bool = False) 
             failure = _rendezvous_failure(error)
             is_lost = failure is None and _is_lost_rank(error)
             others_end = is_lost or failure is not None  # rank 0 takes the ranks' store along
-            if signals.received and not isinstance(error, ValueError | OSError) and (others_end or not signals.defers):
-                # other ranks end at the same signal, and this one noticed that first
+            if signals.received and (others_end or not signals.defers):
+                # other ranks end at the same signal, and this one noticed that first; or what it broke off says so: C++
+                # code may answer with any error, a ValueError too
                 return _interrupted(signals.first, save, is_rank_zero)
             if isinstance(error, ValueError):
                 return _fail(
@@ -123,10 +126,12 @@ def _checked_run(settings: Settings, signals: Signals, is_rank_zero: bool) -> in
 
         try:
             is_finished = run(settings, checked, problems, signals)
-        except (EngineError, EngineDisagrees, GuardStopped, BrokenWeights, AnotherRankFailed) as error:
+        except (EngineError, EngineDisagrees, GuardStopped, BrokenWeights, AnotherRankFailed, RankZeroFailed) as error:
+            if signals.received and not signals.defers:  # which broke off what says so
+                return _interrupted(signals.first, settings.run.save, is_rank_zero)
+            if isinstance(error, RankZeroFailed):
+                return RUN_FAILED  # rank 0 says why
             return _fail(error, RUN_FAILED, is_rank_zero)
-        except RankZeroFailed:
-            return RUN_FAILED  # rank 0 says why
     return 0 if is_finished else REQUEUE
 
 
@@ -195,10 +200,12 @@ def _interrupted(number: int, save: str | None, speaks: bool) -> int:
 
 
 def _status_at_once(
-    number: int, save: str | None, holds_checkpoints: Callable[[str], bool], *, speaks: bool
+    number: int, save: str | None, holds_checkpoints: Callable[[str], bool], has_begun: bool, *, speaks: bool
 ) -> tuple[int, str]:
     """The status of a run that ends in the middle of something, and what to say of it: the last that it does."""
     remove_own_segments()
+    if save is not None and not has_begun:  # as `_interrupted` has it
+        return REQUEUE, f"interrupted by {signal.Signals(number).name}, nothing was begun" if speaks else ""
     if save is None or not holds_checkpoints(save):
         return 128 + number, f"interrupted by {signal.Signals(number).name}, nothing was saved" if speaks else ""
     return REQUEUE, f"the run can go on from the last checkpoint in {save}" if speaks else ""

@@ -138,6 +138,13 @@ def test_the_end_of_the_grace_time_ends_a_process_that_is_stuck() -> None:
     assert time.monotonic() - began < 5
 
 
+def test_a_start_that_cannot_heed_a_signal_is_ended_soon() -> None:
+    """As one that waits in C++ for a rank that is gone; where something is to be lost, only the grace time ends it."""
+    process = start(before="import megatron_fipo.interruption as limits; limits.HEEDED_WITHIN_S = 0.3")
+    process.send_signal(signal.SIGTERM)
+    assert end_of(process) == (REQUEUE, "the start did not heed a signal within 0.3 s: because of 15\n")
+
+
 def test_a_second_signal_ends_a_process_at_once() -> None:
     process = start()
     process.send_signal(signal.SIGUSR1)
@@ -178,11 +185,14 @@ def test_the_clean_up_is_not_ended_by_a_second_signal_but_by_the_grace_time() ->
         (True, RuntimeError("Connection closed by peer [127.0.0.1]:4711"), REQUEUE),
         (True, DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed."), REQUEUE),  # the store
         (False, RuntimeError("out of memory"), REQUEUE),  # raised by what the signal broke off
+        (False, ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'"), REQUEUE),
         (True, RuntimeError("out of memory"), None),
+        (True, ValueError("--save is wrong"), 2),
+        (True, OSError(28, "No space left on device", "checkpoints"), 1),
     ],
 )
 def test_an_error_after_a_signal_was_noted_is_not_taken_for_its_doing(
-    monkeypatch: pytest.MonkeyPatch, defers: bool, error: RuntimeError, status: int | None
+    monkeypatch: pytest.MonkeyPatch, defers: bool, error: Exception, status: int | None
 ) -> None:
     settings = SimpleNamespace(run=SimpleNamespace(save="checkpoints", exit_grace_s=60.0))
     monkeypatch.setattr("megatron_fipo.arguments.parse_arguments", lambda *arguments: settings)

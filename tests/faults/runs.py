@@ -151,8 +151,8 @@ class Started:
         deadline = time.monotonic() + timeout_s
         told = False
         while any(rank.poll() is None for rank in self.ranks):
-            waiting = next(rank for rank in self.ranks if rank.poll() is None)
-            waiting.poll(0.05)
+            for waiting in [rank for rank in self.ranks if rank.poll() is None][:1]:
+                waiting.poll(0.05)
             if not told and any(rank.poll() for rank in self.ranks):
                 told, deadline = True, min(deadline, time.monotonic() + grace_s)
                 self.signal(signal.SIGTERM)

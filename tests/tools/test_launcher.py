@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from megatron_fipo.launch import _check
+from megatron_fipo.launch import _check, _weight
+from megatron_fipo.train import LOST_RANK
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -91,6 +93,17 @@ def test_a_start_that_cannot_be_is_refused(words: list[str], flag: str) -> None:
 
     with pytest.raises(ValueError, match=flag):
         _check(parse_args([*words, "program.py"]))
+
+
+def test_of_ranks_that_end_together_the_one_that_failed_counts() -> None:
+    def ended(status: int, at: int, message: str = "") -> SimpleNamespace:
+        said = {"message": {"message": message}, "said_aloud": True} if message else {}
+        return SimpleNamespace(exitcode=status, timestamp=at, error_file_data=said)
+
+    failed, killed = ended(1, 5, "no space left"), ended(-9, 6)
+    saved, signalled, lost = ended(75, 3), ended(128 + 15, 4), ended(1, 1, f"{LOST_RANK} (at 10.0.0.7)")
+    ranks = dict(enumerate([lost, signalled, saved, killed, failed]))
+    assert sorted(ranks, key=lambda rank: _weight((rank, ranks[rank]))) == [4, 3, 2, 1, 0]
 
 
 def with_temporary_files(directory: Path) -> dict[str, str]:
