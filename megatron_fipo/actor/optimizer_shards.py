@@ -82,12 +82,18 @@ def _described(
 
 @torch.no_grad()
 def _load(part: DistributedOptimizer, state: dict[int, dict[str, list[Tensor]]]) -> None:
-    """Take over what was loaded for `_described`'s boxes."""
+    """Take over what was loaded for `_described`'s boxes.
+
+    Where Adam is torch's it counts steps by parameter: megatron-core's loading wants to be given these counters, and
+    has by then made one tensor of all of them, which Adam would advance once for every parameter.
+    """
     for index, (parameter, _) in enumerate(_own_parameters(part)):
         tensors = {name: torch.cat([box.reshape(-1) for box in boxes]) for name, boxes in state[index].items()}
-        if part._get_main_param_and_optimizer_states(parameter)["param"].dtype == torch.int16:
-            rounded = _optimizer_parameter(part, parameter)
-            tensors["param"] = remainders_of(tensors["param"].to(rounded.device), rounded)
+        held, own = part._get_main_param_and_optimizer_states(parameter), _optimizer_parameter(part, parameter)
+        if held["param"].dtype == torch.int16:
+            tensors["param"] = remainders_of(tensors["param"].to(own.device), own)
+        if "step" in held:
+            tensors["step"] = part.optimizer.state[own]["step"] = held["step"].clone()
         part._set_main_param_and_optimizer_states(parameter, tensors)
     if isinstance(part.optimizer, HybridDeviceOptimizer):
         part.optimizer._sync_hdo_state_to_sub_optimizers()

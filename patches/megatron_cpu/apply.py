@@ -11,7 +11,6 @@ from megatron.core import jit
 from megatron_fipo.patches.megatron_cpu import (
     embedding_stays_on_cpu,
     group_of_one,
-    optimizer_resume,
     p2p_directions,
     rng_on_cpu,
     router_without_te,
@@ -28,7 +27,6 @@ PATCHES: dict[str, Callable[[], None]] = {
     "rng_on_cpu": rng_on_cpu.apply,
     "tensor_type_names": tensor_type_names.apply,
     "embedding_stays_on_cpu": embedding_stays_on_cpu.apply,
-    "optimizer_resume": optimizer_resume.apply,
     "group_of_one": group_of_one.apply,
     "router_without_te": router_without_te.apply,
     "splits_as_numpy": splits_as_numpy.apply,

@@ -35,10 +35,6 @@ TARGETS: dict[str, tuple[tuple[str, str], ...]] = {
             "LanguageModule.setup_embeddings_and_output_layer",
         ),
     ),
-    "optimizer_resume": (
-        ("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer._set_main_param_and_optimizer_states"),
-        ("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer.load_state_dict"),
-    ),
     "p2p_directions": (("megatron.core.pipeline_parallel.p2p_communication", "P2PCommunicator._communicate"),),
     "group_of_one": (
         ("megatron.core.distributed.param_and_grad_buffer", "dist_reduce_scatter_func"),
@@ -50,7 +46,7 @@ TARGETS: dict[str, tuple[tuple[str, str], ...]] = {
 @pytest.fixture(scope="module")
 def findings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     directory = tmp_path_factory.mktemp("patches")
-    kwargs = {"model_dir": str(directory / "model"), "checkpoint_dir": str(directory / "checkpoints")}
+    kwargs = {"model_dir": str(directory / "model")}
     return run_ranks(directory, 1, try_every_patch, kwargs, fresh=True)[0]
 
 
@@ -83,17 +79,6 @@ def test_embedding_stays_on_cpu_is_needed(findings: dict[str, Any]) -> None:
     assert "NVIDIA" in found["without"] or "CUDA" in found["without"]
     assert found["with"] == ""
     assert found["cuda_afterwards"] == found["cuda_before"]
-
-
-def test_optimizer_resume_is_needed(findings: dict[str, Any]) -> None:
-    found = findings["optimizer_resume"]
-    assert "KeyError('step')" in found["without_set"]
-    assert found["num_parameters"] > 10
-    assert found["shared_without_load"] == 1  # one step tensor for all of them
-    assert found["steps_without_load"] != [3.0]  # so that one more update advances it once per parameter
-    assert found["with"] == ""
-    assert found["shared_with"] == found["num_parameters"]
-    assert found["steps_with"] == [3.0]
 
 
 def test_group_of_one_is_needed(findings: dict[str, Any]) -> None:
@@ -173,7 +158,7 @@ def put_back(targets: tuple[tuple[str, str], ...], values: list[Any]) -> Iterato
             setattr(*owner_of(*target), value)
 
 
-def try_every_patch(model_dir: str, checkpoint_dir: str) -> dict[str, Any]:
+def try_every_patch(model_dir: str) -> dict[str, Any]:
     from importlib import metadata
 
     from actor_on_ranks import make_actor
@@ -208,7 +193,6 @@ def try_every_patch(model_dir: str, checkpoint_dir: str) -> dict[str, Any]:
     findings["rng_on_cpu"] = try_rng(originals["rng_on_cpu"])
     findings["tensor_type_names"] = try_type_names(originals["tensor_type_names"], build)
     findings["embedding_stays_on_cpu"] = try_embedding(originals["embedding_stays_on_cpu"], build())
-    findings["optimizer_resume"] = try_resume(originals["optimizer_resume"], build, checkpoint_dir)
     findings["group_of_one"] = try_group_of_one(originals["group_of_one"])
 
     first = apply_patches()
@@ -284,72 +268,6 @@ def try_embedding(originals: list[Any], actor: Any) -> dict[str, Any]:
             without = error_of(policy.setup_embeddings_and_output_layer)
         found = {"without": without, "with": error_of(policy.setup_embeddings_and_output_layer)}
     return {**found, "cuda_before": before, "cuda_afterwards": repr(torch.Tensor.cuda)}
-
-
-def try_resume(originals: list[Any], build: Callable[..., Any], checkpoint_dir: str) -> dict[str, Any]:
-    """Two updates, saved; loaded into a new actor, which then makes a third."""
-    from actor_on_ranks import settings_for
-    from megatron.core import dist_checkpointing
-    from tiny_models import make_sequences
-
-    from megatron_fipo.actor.model import unwrapped
-
-    metadata = {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": True,
-    }
-    sequences = make_sequences(4)
-
-    def sharded_state(actor: Any, *, is_loading: bool) -> dict[str, Any]:
-        model = {"chunk_0": unwrapped(actor.chunks[0]).sharded_state_dict()}
-        for part in parts_of(actor):
-            part.data_parallel_group_gloo = torch.distributed.group.WORLD
-        optimizer = actor.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(metadata))
-        return {"model": model, "optimizer": optimizer}
-
-    def update(actor: Any) -> None:
-        old, _ = actor.old_logprobs([sequences])
-        actor.update(sequences, old, algorithm="dapo", settings=settings_for("dapo", "paper"))
-
-    def load() -> Any:
-        actor = build()
-        for part in parts_of(actor):
-            part._init_optimizer_states_with_dummy_values()
-        loaded = dist_checkpointing.load(sharded_state(actor, is_loading=True), checkpoint_dir)
-        actor.optimizer.load_state_dict(loaded["optimizer"])
-        return actor
-
-    def parts_of(actor: Any) -> list[Any]:
-        return getattr(actor.optimizer, "chained_optimizers", [actor.optimizer])
-
-    def states(actor: Any) -> list[dict[str, torch.Tensor]]:
-        return [state for part in parts_of(actor) for state in part.optimizer.state.values()]
-
-    def num_tensors(actor: Any) -> int:
-        return len({state["step"].data_ptr() for state in states(actor)})
-
-    def steps_after_update(actor: Any) -> list[float]:
-        update(actor)
-        return sorted({float(state["step"]) for state in states(actor)})
-
-    actor = build()
-    for _ in range(2):
-        update(actor)
-    Path(checkpoint_dir).mkdir()
-    dist_checkpointing.save(sharded_state(actor, is_loading=False), checkpoint_dir, content_metadata=dict(metadata))
-    set_target, load_target = TARGETS["optimizer_resume"]
-    found: dict[str, Any] = {"num_parameters": len(states(actor))}
-    with put_back((set_target,), originals[:1]):
-        found["without_set"] = error_of(load)
-    with put_back((load_target,), originals[1:]):
-        resumed = load()
-        found["shared_without_load"] = num_tensors(resumed)
-        found["steps_without_load"] = steps_after_update(resumed)
-    found["with"] = error_of(load)
-    resumed = load()
-    found["shared_with"] = num_tensors(resumed)
-    found["steps_with"] = steps_after_update(resumed)
-    return found
 
 
 def try_group_of_one(originals: list[Any]) -> dict[str, Any]:
