@@ -152,6 +152,7 @@ def _common_state(
         "hidden_dropout": 0.0,
         "tensor_model_parallel_size": tp_size,
         "pipeline_model_parallel_size": 1,
+        "vocab_size": arch.vocab_size,
         "padded_vocab_size": padded_vocab,
         "make_vocab_size_divisible_by": vocab_divisible_by,
         "params_dtype": dtype,

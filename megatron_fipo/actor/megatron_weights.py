@@ -28,7 +28,7 @@ from megatron_fipo.weights.mapping import (
     partition_of,
     shard_shape,
 )
-from megatron_fipo.weights.megatron_arguments import argument_differences
+from megatron_fipo.weights.megatron_arguments import argument_differences, vocabulary_note
 from megatron_fipo.weights.stored_names import OPTIMIZER_KEY, TRACKER, Place, places_to_read
 
 RELEASE = "release"
@@ -142,6 +142,8 @@ class MegatronWeights:
     @property
     def note(self) -> str | None:
         """What a user should know who takes the model from here."""
+        if isinstance(self.settings, argparse.Namespace):
+            return vocabulary_note(self.arch, vars(self.settings))
         if self.settings is not None:
             return None
         return (

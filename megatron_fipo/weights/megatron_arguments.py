@@ -8,7 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_fipo.weights.architecture import Architecture
+from megatron_fipo.weights.architecture import Architecture, padded_vocab_size
+
+DEFAULT_DIVISIBLE_BY = 128  # Megatron-LM's
+LARGEST_TP = 64
+"""What a vocabulary may have been padded for, before its `args` told of another tensor-parallel size. More rows beyond
+config.json's are another vocabulary."""
 
 NEUTRAL_ARGUMENTS: dict[str, tuple[object, ...]] = {
     "squared_relu": (False,),
@@ -104,9 +109,37 @@ def argument_differences(arch: Architecture, arguments: Mapping[str, Any], where
         if name not in wanted and found is not None and found not in neutral:
             differences.append(f"{where} says {name} {found!r}, which a model of {arch.family} does not have")
     padded = arguments.get("padded_vocab_size")
-    if isinstance(padded, int) and padded < arch.vocab_size:
+    most_padding = _divisible_by(arguments) * max(_tp_size(arguments), LARGEST_TP)
+    if isinstance(padded, int) and not 0 <= padded - arch.vocab_size < most_padding:
         differences.append(f"{where} says padded_vocab_size {padded}, but config.json has vocab_size {arch.vocab_size}")
+    known = arguments.get("vocab_size")
+    if isinstance(known, int) and known > arch.vocab_size:  # less is a tokenizer's, whose embedding has spare rows
+        differences.append(f"{where} says vocab_size {known}, but config.json makes it {arch.vocab_size}")
     return differences
+
+
+def vocabulary_note(arch: Architecture, arguments: Mapping[str, Any]) -> str | None:
+    """What to say of a vocabulary with more padding than the `args` explain: a checkpoint of more tokens than
+    config.json has, or one that was padded for another tensor-parallel size before."""
+    padded, tp = arguments.get("padded_vocab_size"), _tp_size(arguments)
+    expected = padded_vocab_size(arch.vocab_size, tp, _divisible_by(arguments))
+    if not isinstance(padded, int) or padded <= expected:
+        return None
+    return (
+        f"args says padded_vocab_size {padded}, but config.json's vocab_size {arch.vocab_size} is padded to {expected} "
+        f"where tensor_model_parallel_size is {tp}: the rows from {arch.vocab_size} on were left out as padding; if "
+        "tokens were added to the model, config.json must count them"
+    )
+
+
+def _divisible_by(arguments: Mapping[str, Any]) -> int:
+    found = arguments.get("make_vocab_size_divisible_by")
+    return found if type(found) is int and found >= 1 else DEFAULT_DIVISIBLE_BY
+
+
+def _tp_size(arguments: Mapping[str, Any]) -> int:
+    found = arguments.get("tensor_model_parallel_size")
+    return found if type(found) is int and found >= 1 else 1
 
 
 def _agree(found: object, wanted: object) -> bool:

@@ -132,6 +132,39 @@ def test_a_checkpoint_that_says_nothing_of_its_model_is_taken_with_a_note(
     assert said.startswith(f"NOTE: {megatron / 'release'} says nothing of its model (no args): only names and shapes")
 
 
+@pytest.mark.parametrize(
+    ("said", "vocab_size", "status", "message"),
+    [
+        ({}, 3, 2, "args says vocab_size 131, but config.json makes it 3"),
+        ({"vocab_size": None}, 131, 0, ""),
+        (
+            {"vocab_size": None},
+            120,
+            0,
+            "NOTE: args says padded_vocab_size 256, but config.json's vocab_size 120 is padded",
+        ),
+        ({"vocab_size": None, "tensor_model_parallel_size": 2}, 120, 0, ""),
+        ({"vocab_size": None, "make_vocab_size_divisible_by": 1}, 120, 2, "padded_vocab_size 256, but config.json has"),
+    ],
+)
+def test_a_vocabulary_is_not_cut_without_a_word(
+    said: dict[str, Any],
+    vocab_size: int,
+    status: int,
+    message: str,
+    megatron: Path,
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with_args(megatron, lambda args: argparse.Namespace(**args | said))
+    shutil.copytree(model, tmp_path / "hf")
+    config = json.loads((model / "config.json").read_text()) | {"vocab_size": vocab_size}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    found, told = back(megatron, tmp_path / "hf", capsys)
+    assert (found, message in told, "NOTE" in told) == (status, True, "NOTE" in message), told
+
+
 def test_results_do_not_go_into_a_checkpoint(megatron: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inside = megatron / "release" / "deep" / "hf"
     for tool, options in (("megatron_to_hf", ("--load", megatron)), ("hf_to_megatron", ())):
