@@ -197,6 +197,13 @@ def check_layer_flags(megatron: MegatronSettings, arch: Architecture, transforme
             value,
             f"absent with --transformer-impl {transformer_impl}: it needs Transformer Engine",
         )
+    found.of(
+        require,
+        "moe_act" not in (explicit.get("recompute_modules") or ()) or bool(explicit.get("moe_grouped_gemm")),
+        "--recompute-modules",
+        "moe_act",
+        "another without --moe-grouped-gemm, which Transformer Engine's layers have",
+    )
     cp, groups = megatron.context_parallel_size, arch.num_query_groups // megatron.tensor_model_parallel_size
     found.of(
         require,

@@ -147,6 +147,9 @@ class MegatronSettings:
                 require(value is not None, flag, value, "given with --recompute-granularity full")
             else:
                 require(value is None, flag, value, f"unset unless --recompute-granularity ({granularity}) is full")
+        of_experts = self.transformer.get("moe_layer_recompute", False)
+        where = "absent with --recompute-granularity full, which recomputes experts with the rest of a layer"
+        require(not (of_experts and granularity == "full"), "--moe-layer-recompute", of_experts, where)
         for module in self.transformer.get("recompute_modules") or ():
             known = ", ".join(RECOMPUTE_MODULES)
             require(module in RECOMPUTE_MODULES, "--recompute-modules", module, f"some of {known}")

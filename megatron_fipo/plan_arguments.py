@@ -250,7 +250,6 @@ def training_of(settings: Settings, arch: Architecture, num_gpus: int, expert_im
     )
     fields, on_cpu = megatron.transformer, megatron.device == "cpu"
     gradient_bytes = 4 if not megatron.bf16 or megatron.ddp.get("grad_reduce_in_fp32", True) else 2
-    modules = fields.get("recompute_modules")
     return Training(
         arch=arch,
         layout=layout,
@@ -268,13 +267,19 @@ def training_of(settings: Settings, arch: Architecture, num_gpus: int, expert_im
         chunk_size=batch.log_probs_chunk_size if batch.log_probs_chunk_size > 0 else 2**31,
         fuses_swiglu=bool(fields.get("bias_activation_fusion", False)),
         fuses_weight_gradient=bool(fields.get("gradient_accumulation_fusion", not on_cpu)),
-        recompute=Recompute(
-            granularity=fields.get("recompute_granularity"),
-            method=fields.get("recompute_method"),
-            num_layers=fields.get("recompute_num_layers") or 0,
-            modules=frozenset(modules) if modules else frozenset({"core_attn"}),
-        ),
+        recompute=_recompute(fields),
         expert_imbalance=expert_imbalance,
+    )
+
+
+def _recompute(fields: Mapping[str, Any]) -> Recompute:
+    """As TransformerConfig reads its fields: --moe-layer-recompute is selective, of experts too."""
+    granularity, of_experts = fields.get("recompute_granularity"), bool(fields.get("moe_layer_recompute"))
+    return Recompute(
+        granularity="selective" if of_experts else granularity,
+        method=fields.get("recompute_method"),
+        num_layers=fields.get("recompute_num_layers") or 0,
+        modules=frozenset(fields.get("recompute_modules") or ["core_attn"]) | ({"moe"} if of_experts else set()),
     )
 
 

@@ -245,6 +245,10 @@ def test_a_rate_and_a_warm_up_of_pretraining_are_noted(tmp_path: Path) -> None:
             ["--recompute-granularity", "selective", "--recompute-modules", "moe", "bogus"],
             "--recompute-modules is 'bogus'",
         ),
+        (
+            "--recompute-granularity full --recompute-method block --recompute-num-layers 1 --moe-layer-recompute".split(),
+            "--moe-layer-recompute is True, but must be absent with --recompute-granularity full",
+        ),
         (["--exp-avg-dtype", "bf16"], "--exp-avg-dtype is 'bf16', but must be fp32 without --use-precision-aware-opti"),
         (["--main-params-dtype", "fp16"], "--main-params-dtype is 'fp16', but must be fp32 without --use-precision-aw"),
     ],

@@ -266,6 +266,12 @@ def test_flags_of_layers_are_compared_with_the_model_and_their_implementation(ch
     ):
         with pytest.raises(ValueError, match=f"{flags[0]} is .*, but must be absent with --transformer-impl local"):
             check(experts, "local", *flags)
+    acts = ["--recompute-granularity", "selective", "--recompute-modules", "layernorm", "moe_act"]
+    check(experts, "transformer_engine", *acts, "--moe-grouped-gemm")
+    with pytest.raises(ValueError, match="--recompute-modules is 'moe_act', but must be another without --moe-grouped"):
+        check(experts, "local", *acts)
+    with pytest.raises(ValueError, match=r"^--moe-router-dtype is 'fp32', .*; --fp8-format is 'hybrid', [^;]*$"):
+        check(dense, "local", "--moe-router-dtype", "fp32", "--fp8-format", "hybrid")
     with pytest.raises(ValueError, match=r"--cp-comm-type is 'a2a', .* 2 query groups .* --context-parallel-size 4"):
         check(dense, "transformer_engine", "--context-parallel-size", "4", "--cp-comm-type", "a2a")
     with pytest.raises(ValueError, match="--num-experts is 8, but the checkpoint"):

@@ -190,6 +190,17 @@ def test_turns_hold_what_is_on_the_gpu_in_them() -> None:
     assert reference == 8 * states.parameters
 
 
+def test_experts_that_are_recomputed_by_their_old_flag_count_as_by_the_new_one() -> None:
+    model = ("--hf-checkpoint", str(MODELS / "Qwen3-30B-A3B"), "--bf16", "--nodes", "4")
+    layout = (*model, "--expert-model-parallel-size", "8", "--max-tokens-per-micro-batch", "22528")
+    modules = ("--recompute-granularity", "selective", "--recompute-modules", "core_attn", "moe")
+    old, new, none = (
+        plan_given_layout(parse_plan([*layout, *words])).plan.turns[0].parts["activations"]
+        for words in (("--moe-layer-recompute",), modules, ())
+    )
+    assert old == new < none / 2
+
+
 def test_the_worst_pipeline_rank_is_shown() -> None:
     found = plan()
     assert found.worst_stage == 0
