@@ -35,6 +35,7 @@ NEED_TRANSFORMER_ENGINE = frozenset(
     "cp_comm_type fp4 fp8 moe_grouped_gemm moe_permute_fusion moe_router_fusion tp_comm_overlap "
     "use_precision_aware_optimizer use_te_activation_func".split()
 )
+RECOMPUTED_BY_TRANSFORMER_ENGINE = frozenset({"layernorm", "moe_act"})  # of --recompute-modules
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,13 +198,12 @@ def check_layer_flags(megatron: MegatronSettings, arch: Architecture, transforme
             value,
             f"absent with --transformer-impl {transformer_impl}: it needs Transformer Engine",
         )
-    found.of(
-        require,
-        "moe_act" not in (explicit.get("recompute_modules") or ()) or bool(explicit.get("moe_grouped_gemm")),
-        "--recompute-modules",
-        "moe_act",
-        "another without --moe-grouped-gemm, which Transformer Engine's layers have",
-    )
+    modules = explicit.get("recompute_modules") or ()
+    for module in sorted(RECOMPUTED_BY_TRANSFORMER_ENGINE.intersection(modules)):
+        where = f"another with --transformer-impl {transformer_impl}: it needs Transformer Engine"
+        found.of(require, transformer_impl == "transformer_engine", "--recompute-modules", module, where)
+    is_grouped = bool(explicit.get("moe_grouped_gemm")) or "moe_act" not in modules
+    found.of(require, is_grouped, "--recompute-modules", "moe_act", "another without --moe-grouped-gemm")
     cp, groups = megatron.context_parallel_size, arch.num_query_groups // megatron.tensor_model_parallel_size
     found.of(
         require,

@@ -246,7 +246,10 @@ def test_a_rate_and_a_warm_up_of_pretraining_are_noted(tmp_path: Path) -> None:
             "--recompute-modules is 'bogus'",
         ),
         (
-            "--recompute-granularity full --recompute-method block --recompute-num-layers 1 --moe-layer-recompute".split(),
+            [
+                "--moe-layer-recompute",
+                *"--recompute-granularity full --recompute-method block --recompute-num-layers 1".split(),
+            ],
             "--moe-layer-recompute is True, but must be absent with --recompute-granularity full",
         ),
         (["--exp-avg-dtype", "bf16"], "--exp-avg-dtype is 'bf16', but must be fp32 without --use-precision-aware-opti"),

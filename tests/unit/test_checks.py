@@ -268,8 +268,15 @@ def test_flags_of_layers_are_compared_with_the_model_and_their_implementation(ch
             check(experts, "local", *flags)
     acts = ["--recompute-granularity", "selective", "--recompute-modules", "layernorm", "moe_act"]
     check(experts, "transformer_engine", *acts, "--moe-grouped-gemm")
-    with pytest.raises(ValueError, match="--recompute-modules is 'moe_act', but must be another without --moe-grouped"):
-        check(experts, "local", *acts)
+    with pytest.raises(
+        ValueError, match=r"^--recompute-modules is 'moe_act', but must be another without --moe-grouped"
+    ):
+        check(experts, "transformer_engine", *acts)
+    with pytest.raises(
+        ValueError, match="--recompute-modules is 'layernorm', but must be another with --transformer-im"
+    ):
+        check(experts, "local", *acts[:-1])  # core's code for it would end in a NameError
+    check(experts, "local", *acts[:3], "core_attn", "mlp", "moe")
     with pytest.raises(ValueError, match=r"^--moe-router-dtype is 'fp32', .*; --fp8-format is 'hybrid', [^;]*$"):
         check(dense, "local", "--moe-router-dtype", "fp32", "--fp8-format", "hybrid")
     with pytest.raises(ValueError, match=r"--cp-comm-type is 'a2a', .* 2 query groups .* --context-parallel-size 4"):
