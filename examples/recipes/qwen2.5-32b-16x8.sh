@@ -36,8 +36,8 @@
 #   P parameters, G gradients, O optimizer, A activations, W working memory, E engine weights, K KV cache, R engine
 #   runtime, B weight buckets, x reserve; . free
 #   pipeline ranks in training: 51.1, 36.4; shown is rank 0
-#   an engine's cache holds 633113 tokens, 28 sequences of the longest; 53 GiB move to a node's main memory; bubble 1%,
-#   communication 17% (nominal)
+#   an engine's cache holds 633113 tokens, 28 sequences of the longest; 53 GiB move to a node's main memory; a save takes
+#   53 GiB of main memory; bubble 1%, communication 17% (nominal)
 #   fits
 set -euo pipefail
 

@@ -34,8 +34,8 @@
 #   generating |EEEEEEEEEEEKKKKKKKKKKKKKKKKKKKKKKKKKKKKKKKKRRRRRRRRRRRxxxx......|
 #   P parameters, G gradients, O optimizer, A activations, L logits, W working memory, E engine weights, K KV cache, R
 #   engine runtime, B weight buckets, x reserve; . free
-#   an engine's cache holds 743642 tokens, 60 sequences of the longest; 142 GiB move to a node's main memory; bubble 0%,
-#   communication 4% (nominal)
+#   an engine's cache holds 743642 tokens, 60 sequences of the longest; 142 GiB move to a node's main memory; a save takes
+#   99 GiB of main memory; bubble 0%, communication 4% (nominal)
 #   fits
 set -euo pipefail
 

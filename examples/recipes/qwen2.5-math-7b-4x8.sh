@@ -33,8 +33,8 @@
 #   generating |EEEEEEKKKKKKKKKKKKKKKKKKKKKKKKKKKKKKKKKKKKKRRRRRRRRRRRxxxxx.....|
 #   P parameters, G gradients, O optimizer, A activations, L logits, W working memory, E engine weights, K KV cache, R
 #   engine runtime, B weight buckets, x reserve; . free
-#   an engine's cache holds 1752890 tokens, 142 sequences of the longest; 50 GiB move to a node's main memory; bubble 0%,
-#   communication 10% (nominal)
+#   an engine's cache holds 1752890 tokens, 142 sequences of the longest; 50 GiB move to a node's main memory; a save
+#   takes 35 GiB of main memory; bubble 0%, communication 10% (nominal)
 #   fits
 set -euo pipefail
 

@@ -36,8 +36,8 @@
 #   P parameters, G gradients, O optimizer, A activations, W working memory, E engine weights, K KV cache, R engine
 #   runtime, B weight buckets, x reserve; . free
 #   pipeline ranks in training: 50.8, 39.8; shown is rank 0
-#   an engine's cache holds 556025 tokens, 30 sequences of the longest; 115 GiB move to a node's main memory; bubble 0%,
-#   communication 36% (nominal)
+#   an engine's cache holds 556025 tokens, 30 sequences of the longest; 115 GiB move to a node's main memory; a save takes
+#   115 GiB of main memory; bubble 0%, communication 36% (nominal)
 #   fits
 set -euo pipefail
 

@@ -34,7 +34,8 @@
 #   generating |PGGOOOOOOEKKKKKKKKKKKKKKKKKRRRRRRRRRRRRRRRxxxxxxxx..............|
 #   P parameters, G gradients, O optimizer, A activations, L logits, W working memory, E engine weights, K KV cache, R
 #   engine runtime, B weight buckets, x reserve; . free
-#   an engine's cache holds 198038 tokens, 2750 sequences of the longest; bubble 0%, communication 0% (nominal)
+#   an engine's cache holds 198038 tokens, 2750 sequences of the longest; a save takes 2 GiB of main memory; bubble 0%,
+#   communication 0% (nominal)
 #   fits
 set -euo pipefail
 

@@ -14,6 +14,7 @@ from megatron_fipo.planning.training import Training
 _BUCKETS = 3  # one that is packed and two that the engine loads (weights/buffers.py)
 _PIECES = 2  # on their way to the rank that packs (actor/weight_stream.py), which also cuts small models' buckets
 _SMALLEST_BUCKET = 16 * MIB
+_SAVED_BYTES = 12  # of the optimizer for each parameter: master and moments in fp32, whatever they are while it trains
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Plan:
     parameters_of_rank: int  # numbers, not bytes
     concurrent_sequences: int  # of the longest, in one engine's cache
     main_memory_per_node: int
+    save_memory_per_node: int  # main memory, too, while a checkpoint is written
     problems: tuple[str, ...]  # why it does not fit; none: it does
 
     @property
@@ -133,9 +135,20 @@ def plan_memory(training: Training, engine: Engine, turns: Turns, cluster: Clust
         parameters_of_rank=num_parameters(training, worst),
         concurrent_sequences=of_engine.cache_tokens // engine.longest,
         main_memory_per_node=main_memory * ranks_per_node,
+        save_memory_per_node=0 if engine.on_cpu else _save_bytes(training, states, ranks_per_node),
         problems=(),
     )
     return replace(plan, problems=_problems(plan, engine))
+
+
+def _save_bytes(training: Training, states: StateBytes, ranks_per_node: int) -> int:
+    """Main memory of the node that copies most while it saves: every rank's shard of masters and moments in fp32, and
+    the weights of each share of the model whose first data-parallel rank is there."""
+    layout, optimizer = training.layout, training.optimizer
+    shard = states.optimizer / (optimizer.master + optimizer.moments)
+    stages = min(layout.pp, max(1, ranks_per_node // (layout.tp * layout.cp * layout.dp)))
+    shares = min(ranks_per_node, max(layout.tp, layout.ep * layout.etp)) * stages
+    return round(ranks_per_node * shard * _SAVED_BYTES) + shares * states.parameters
 
 
 def _problems(plan: Plan, engine: Engine) -> tuple[str, ...]:

@@ -59,8 +59,9 @@ def show_plan(console: Console, plan: Plan, cost: Cost) -> None:
     if training.layout.pp > 1:
         totals = ", ".join(f"{total / GIB:.1f}" for total in plan.stage_totals)
         console.print(f"pipeline ranks in training: {totals}; shown is rank {plan.worst_stage}", highlight=False)
-    engine, moved = plan.engine, plan.main_memory_per_node
+    engine, moved, saved = plan.engine, plan.main_memory_per_node, plan.save_memory_per_node
     away = f"{moved / GIB:.0f} GiB move to a node's main memory; " if moved else ""
+    away += f"a save takes {saved / GIB:.0f} GiB of main memory; " if saved else ""
     console.print(
         f"an engine's cache holds {engine.cache_tokens} tokens, {plan.concurrent_sequences} sequences of the longest; "
         f"{away}"
@@ -140,6 +141,7 @@ def plan_values(plan: Plan, cost: Cost) -> dict[str, Any]:
         "concurrent_sequences": plan.concurrent_sequences,
         "mem_fraction_static": plan.engine.fraction,
         "main_memory_per_node": plan.main_memory_per_node,
+        "save_memory_per_node": plan.save_memory_per_node,
         "bubble": cost.bubble,
         "communication": cost.communication,
         "nominal_seconds_per_token": cost.seconds_per_token,

@@ -201,6 +201,24 @@ def test_experts_that_are_recomputed_by_their_old_flag_count_as_by_the_new_one()
     assert old == new < none / 2
 
 
+def test_a_save_copies_each_shard_and_the_weights_once() -> None:
+    model = ("--hf-checkpoint", str(MODELS / "Qwen2.5-Math-7B-32k"), "--bf16", "--rollout-max-response-len", "10240")
+    layout = ("--tensor-model-parallel-size", "2", "--sequence-parallel", "--max-tokens-per-micro-batch", "12288")
+    one_node, two_nodes, apart = (
+        plan_given_layout(parse_plan([*model, *layout, *more])).plan.save_memory_per_node
+        for more in (
+            ("--nodes", "1"),
+            ("--nodes", "2"),
+            ("--num-gpus", "16", "--gpus-per-node", "1"),
+        )
+    )
+    assert one_node == pytest.approx(14 * 7.62e9, rel=0.005)
+    assert two_nodes == pytest.approx((12 / 2 + 2) * 7.62e9, rel=0.005)  # the first node has all of the weights
+    assert apart == pytest.approx((12 / 16 + 2 / 2) * 7.62e9, rel=0.005)
+    on_cpu = ("--device", "cpu", "--num-gpus", "2", "--gpu-memory-gib", "200")
+    assert plan_given_layout(parse_plan([*model, *layout, *on_cpu])).plan.save_memory_per_node == 0
+
+
 def test_the_worst_pipeline_rank_is_shown() -> None:
     found = plan()
     assert found.worst_stage == 0
