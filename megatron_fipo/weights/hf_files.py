@@ -279,6 +279,9 @@ def _open_safetensors(path: Path) -> Any:
     except (SafetensorError, OSError) as error:
         size = path.stat().st_size if path.is_file() else 0
         raise ValueError(f"{path} ({size} bytes) is not a whole safetensors file: {error}") from None
+    except (RuntimeError, MemoryError) as error:  # torch's mapping, which may be written to, and safetensors' own
+        size = path.stat().st_size
+        raise ValueError(f"{path} ({size} bytes) is more than this machine's memory can map: {error}") from None
 
 
 def _first_few(items: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 """Safetensors directories: what is broken is named, what is written loads bit-equal and is never half there."""
 
 import json
+import resource
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,6 +90,23 @@ def test_damaged_file_is_named(tmp_path, damage):
     )
     with pytest.raises(ValueError, match=rf"{path} \(\d+ bytes\) is not a whole safetensors file"):
         HFWeights(tmp_path)
+
+
+@pytest.mark.parametrize("room", [2**30, 2**34 + 2**32])  # for neither mapping of the file, for one of the two
+def test_a_file_that_memory_cannot_map_is_named(tmp_path, room):
+    size = 2**34
+    header = json.dumps({"a": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    with (tmp_path / SINGLE).open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + size)
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + room, hard))
+    try:
+        with pytest.raises(ValueError, match=r"safetensors \(17179869\d+ bytes\) is more than .* memory can map"):
+            HFWeights(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def test_shards_without_an_index_are_told_from_no_model_at_all(tmp_path):
