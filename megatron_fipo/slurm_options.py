@@ -50,7 +50,7 @@ _OURS = frozenset(
 )
 _OURS_ALONE = frozenset("dry-run follow requeue no-requeue help".split())
 _REPEATED = frozenset(("sbatch-option", "setup", "srun-option"))
-_REFUSED = {
+REFUSED = {
     "array": "--array-seeds makes a job array of runs with a seed and directories of their own",
     "chdir": "the job runs in the directory that it is submitted from",
     "error": "the logs lie in --log-dir",
@@ -219,8 +219,8 @@ def _check_known(flag: str, name: str) -> None:
     )
     if name in known and flag in (f"--{name}", "-h"):
         return
-    if name in _REFUSED:
-        raise ValueError(f"{flag} is not an option here: {_REFUSED[name]}")
+    if name in REFUSED:
+        raise ValueError(f"{flag} is not an option here: {REFUSED[name]}")
     close = difflib.get_close_matches(name, sorted(known), n=1)
     hint = f"did you mean --{close[0]}?" if close else "see --slurm --help"
     raise ValueError(f'unknown option {flag} of --slurm; {hint} (any line for sbatch: --sbatch-option "{flag}=...")')
@@ -321,7 +321,7 @@ def _check(job: SlurmJob) -> None:
     for line in job.sbatch_lines:
         require(line.startswith("-"), "--sbatch-option", line, 'an option of sbatch, as in "--x=y"')
         name = re.split(r"[=\s]", line.removeprefix("--"))[0]
-        require(name not in _REFUSED, "--sbatch-option", line, f"something else: {_REFUSED.get(name)}")
+        require(name not in REFUSED, "--sbatch-option", line, f"something else: {REFUSED.get(name)}")
         require(name not in ("array", "requeue", "no-requeue"), "--sbatch-option", line, "said without --sbatch-option")
     for word in (*job.setup, *job.program):
         require("\0" not in word, "an argument", word, "without a NUL character")

@@ -13,10 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_fipo.config import require
-from megatron_fipo.slurm_options import PROGRAM, SlurmJob, asks_for_help, read_command, seconds_of
+from megatron_fipo.slurm_options import PROGRAM, REFUSED, SlurmJob, asks_for_help, read_command, seconds_of
 from megatron_fipo.slurm_script import sbatch_script
 from megatron_fipo.train import RUN_FAILED, USER_ERROR
 
+# where sbatch's variable is not called as its option is
+_VARIABLES = {"array": "array-inx", "mem": "mem-per-node", "switches": "req-switch", "time": "timelimit"}
 HELP = """\
 python -m megatron_fipo.launch --slurm [options] -m megatron_fipo.train [its arguments]
 
@@ -110,7 +112,7 @@ def submit(job: SlurmJob, text: str) -> str:
         script.write_bytes(os.fsencode(text))
     except OSError as error:
         raise ValueError(f"--log-dir is {job.log_dir!r}, but must be a directory to write to: {error}") from None
-    done = _slurm("sbatch", "--parsable", str(script), env=outside_of_jobs(os.environ))
+    done = _slurm("sbatch", "--parsable", str(script), env=without_overrides(outside_of_jobs(os.environ), text))
     if done.returncode != 0:
         script.unlink()
         raise ValueError(f"sbatch refused the job: {_last_line(done.stderr)}")
@@ -130,9 +132,11 @@ def describe(job: SlurmJob, job_id: str) -> str:
         f"  log     {directory}/{name}.log",
         f"  ranks   {directory}/{name}.<start>/rank-<rank>-<node>.log",
         f"  watch   squeue --jobs {job_id}; tail -F {directory}/{name}.log",
-        f"  save    scancel --signal=USR1 {job_id}" + ("   (saves, and is requeued)" if job.requeue else ""),
         f"  cancel  scancel {job_id}",
     ]
+    if job.signal_before_s is not None:
+        what = "saves, and is requeued" if job.requeue else "saves, and ends"
+        rows.insert(-1, f"  save    scancel --signal=USR1 {job_id}   ({what})")
     return "\n".join(rows)
 
 
@@ -143,21 +147,24 @@ def _check_partition(job: SlurmJob) -> None:
         raise ValueError(f"Slurm does not answer: {_last_line(done.stderr)}")
     sizes: dict[str, int] = {}
     limits: dict[str, str] = {}  # of jobs that do not say
+    longest: dict[str, str] = {}
     defaults = []
     for line in done.stdout.splitlines():
-        name, count, usual, longest = line.strip().split("|")
+        name, count, usual, most = line.strip().split("|")
         if name.endswith("*"):
             name = name.removesuffix("*")
             defaults = [name]
         sizes[name] = sizes.get(name, 0) + (int(count) if count.isdecimal() else 0)
-        limits[name] = usual if usual != "n/a" else longest
+        longest[name] = most
+        limits[name] = usual if usual != "n/a" else most
     wanted = job.sbatch.get("partition")
     names = wanted.split(",") if wanted else list(sizes)
     for name in names:
         require(name in sizes, "--partition", name, f"one of {', '.join(sorted(sizes))}")
     largest = max((sizes[name] for name in names), default=0)
     where = f"the partition {wanted}" if wanted else "the largest partition"
-    for name in wanted.split(",") if wanted else defaults:
+    asked = wanted.split(",") if wanted else defaults
+    for name in asked:
         if "time" not in job.sbatch and job.signal_before_s is not None:
             require(
                 job.signal_before_s < seconds_of(limits[name]),
@@ -165,6 +172,10 @@ def _check_partition(job: SlurmJob) -> None:
                 None,
                 f"given: the partition {name} gives {limits[name]}, and {job.signal_before_s} s of it are for saving",
             )
+    time_limit = job.sbatch.get("time")
+    if time_limit and asked and all(seconds_of(time_limit) > seconds_of(longest[name]) for name in asked):
+        most = f"{', '.join(longest[name] for name in asked)}, the most that {', '.join(asked)} gives"
+        print(f"warning: --time {time_limit} is more than {most}: the job may wait for ever", file=sys.stderr)
     require(job.nodes <= largest, "--nodes", job.nodes, f"at most {largest}, as many as {where} has")
 
 
@@ -174,6 +185,17 @@ def outside_of_jobs(environment: Mapping[str, str]) -> dict[str, str]:
     kept = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_TIME_FORMAT")
     is_inside = "SLURM_JOB_ID" in environment
     return {name: value for name, value in environment.items() if not (is_inside and _is_of_job(name)) or name in kept}
+
+
+def without_overrides(environment: Mapping[str, str], text: str) -> dict[str, str]:
+    """`environment` without the SBATCH_* variables of options that the file `text` names, or that must not be there:
+    to sbatch they say more than the file does. Those of other options, a site's default account say, stay.
+    """
+    said = {*re.findall(r"^#SBATCH --([a-z-]+)", text, re.MULTILINE), *REFUSED, "requeue", "no-requeue"}
+    if said & {"mem", "mem-per-cpu", "mem-per-gpu"}:
+        said |= {"mem", "mem-per-cpu", "mem-per-gpu"}
+    names = {f"SBATCH_{_VARIABLES.get(option, option)}".replace("-", "_").upper() for option in said}
+    return {name: value for name, value in environment.items() if name not in names}
 
 
 def _is_of_job(name: str) -> bool:

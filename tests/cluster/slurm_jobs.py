@@ -48,7 +48,8 @@ class Jobs:
         return replayed_flags(self.inputs, **more)
 
     def environment(self, directory: Path) -> dict[str, str]:
-        return {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(directory), str(REPO_ROOT)])}
+        site = {"SBATCH_OUTPUT": "elsewhere.txt", "SBATCH_OPEN_MODE": "truncate"}  # as a user's profile may have it
+        return {**ENVIRONMENT, **site, "PYTHONPATH": os.pathsep.join([str(directory), str(REPO_ROOT)])}
 
     def wait(self, job: str, timeout_s: float = JOB_WITHIN_S) -> str:
         """The state that the job ended in."""

@@ -152,6 +152,15 @@ def test_what_the_cluster_does_not_have_is_one_line_and_no_job(jobs: Jobs, tmp_p
     assert not list(tmp_path.glob("**/*.sbatch"))
 
 
+def test_a_time_that_no_partition_gives_is_warned_of(jobs: Jobs, tmp_path: Path) -> None:
+    (tmp_path / "show.py").write_text("")
+    options = ["--time=2:00:00", "--no-requeue", "--log-dir=logs"]
+    done = jobs.launch(tmp_path, options, ["show.py"])
+    jobs.cluster.ask("scancel", "--name=fipo", "--state=PENDING")
+    wanted = "--time 2:00:00 is more than 1:00:00, the most that main gives: the job may wait for ever"
+    assert (done.returncode, done.stderr) == (0, f"warning: {wanted}\n")
+
+
 def test_a_batch_script_without_srun_is_told_so(jobs: Jobs, tmp_path: Path) -> None:
     """It has the variables of a rank 0, which would wait for the others."""
     flags = jobs.flags(save=None, save_interval=None)

@@ -11,6 +11,7 @@ from megatron_fipo import slurm_follow
 from megatron_fipo.slurm_follow import follow, read_jobs
 from megatron_fipo.slurm_options import SlurmJob, flag_value, read_command, seconds_of
 from megatron_fipo.slurm_script import quoted, sbatch_script
+from megatron_fipo.slurm_submit import describe, without_overrides
 
 PROGRAM = ["-m", "megatron_fipo.train", "--save", "ckpt", "--auto-resume", "--output-dir", "out"]
 
@@ -167,3 +168,26 @@ def test_following_an_array_remembers_a_task_that_slurm_has_forgotten(
     assert follow(array, "6", look_every_s=0.0) == 3
     looks += [{"6_0-1": {"JobState": "PENDING"}}, {name: {"JobState": "COMPLETED"} for name in ("6_0", "6_1")}]
     assert follow(array, "6", look_every_s=0.0) == 0
+
+
+def test_what_the_file_says_holds_against_the_variables_of_sbatch() -> None:
+    text = sbatch_script(job("--time=20", "--mem=4G", "--partition", "gpu"), ["x"])
+    site = {"SBATCH_ACCOUNT": "rl", "SBATCH_QOS": "long", "PATH": "/bin"}
+    against = {
+        **{
+            "SBATCH_PARTITION": "debug",
+            "SBATCH_TIMELIMIT": "1",
+            "SBATCH_MEM_PER_CPU": "1G",
+            "SBATCH_MEM_PER_NODE": "1G",
+        },
+        **{"SBATCH_OUTPUT": "x", "SBATCH_OPEN_MODE": "truncate", "SBATCH_SIGNAL": "USR2", "SBATCH_NO_REQUEUE": "1"},
+        **{"SBATCH_ARRAY_INX": "1-3", "SBATCH_WAIT": "1", "SBATCH_GPUS_PER_TASK": "1"},
+    }
+    assert without_overrides({**site, **against}, text) == site
+    assert "SBATCH_PARTITION" in without_overrides(against, sbatch_script(job("--time=20"), ["x"]))
+
+
+def test_only_a_job_that_saves_is_told_how_to_save() -> None:
+    assert "scancel --signal=USR1 7   (saves, and is requeued)" in describe(job(), "7")
+    assert "scancel --signal=USR1 7   (saves, and ends)" in describe(job("--no-requeue"), "7")
+    assert "USR1" not in describe(job("--no-requeue", "--log-dir", "x", program=["show.py"]), "7")
