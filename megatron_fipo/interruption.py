@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 from megatron_fipo.sheltered import ASKING
 
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: the run can go on from where it was saved
+RAISED_FIRST_AFTER_S = 0.05
 RAISED_AGAIN_AFTER_S = 1.0
 HEEDED_WITHIN_S = 10.0  # by a start, where nothing is lost
 SAME_REQUEST_S = 1.0  # a terminal and a launcher may both pass on what was asked once
@@ -59,6 +60,7 @@ class Signals:
         self._grace_s: float | None = None
         self._status_at_once: Callable[[int], tuple[int, str]] | None = None
         self._is_ending = False
+        self._is_entering = True
         self._is_deferring = False
         self.has_begun = False  # there is something to lose
         self._before: dict[int, Any] = {}
@@ -71,10 +73,11 @@ class Signals:
         os.set_blocking(self._pipe[1], False)
         self._watch = threading.Thread(target=self._watch_pipe, daemon=True)
         self._watch.start()
-        for number in (*ASKING, signal.SIGALRM):
+        for number in (signal.SIGALRM, *ASKING):
             self._before[number] = signal.signal(number, self._handle)
         signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)  # written to even while C code holds on
         self._hook, sys.unraisablehook = sys.unraisablehook, self._show_unraisable
+        self._is_entering = False
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -156,6 +159,9 @@ class Signals:
         if number != signal.SIGALRM:
             self.received.append(number)
         if self._is_deferring:
+            return
+        if self._is_entering:  # nobody would catch it yet
+            signal.setitimer(signal.ITIMER_REAL, RAISED_FIRST_AFTER_S)
             return
         # Python drops what is raised inside a destructor: it is raised again until somebody acts on it
         signal.setitimer(signal.ITIMER_REAL, RAISED_AGAIN_AFTER_S)

@@ -10,6 +10,7 @@ import textwrap
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from torch.distributed import DistNetworkError
@@ -32,6 +33,24 @@ def test_a_signal_raises_where_it_may(number: signal.Signals) -> None:
             os.kill(os.getpid(), number)
         signals.ending()
         assert signals.received == [number]
+
+
+def test_a_signal_that_comes_while_it_is_entered_raises_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_handler = signal.signal
+
+    def set_and_send(number: int, handler: Any) -> Any:
+        before = set_handler(number, handler)
+        if number == signal.SIGTERM:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return before
+
+    monkeypatch.setattr(signal, "signal", set_and_send)
+    with Signals() as signals:
+        monkeypatch.undo()
+        with pytest.raises(KeyboardInterrupt):
+            time.sleep(5)
+        signals.ending()
+    assert signals.first == signal.SIGTERM
 
 
 def test_a_deferred_signal_is_noted_and_raises_in_the_next_place_that_may_be_interrupted() -> None:
