@@ -13,6 +13,7 @@ from megatron_fipo.slurm_options import SlurmJob
 from megatron_fipo.train import RUN_FAILED
 
 LOOK_EVERY_S = 2.0
+SAYS_SO_AFTER = 2  # looks in vain
 ENDED = frozenset("BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT".split())
 INTERRUPTED = 130
 SIGNALLED = 128
@@ -51,13 +52,16 @@ def _look(
     job_id: str, *, tries: int = 60, pause: Callable[[float], None] = time.sleep
 ) -> dict[str, dict[str, str]] | None:
     """Fields of the job, or of every task of its array, by name."""
-    for _ in range(tries):
+    for turn in range(tries):
         words = ["scontrol", "--oneliner", "show", "job", job_id]
         done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         if done.returncode == 0 and done.stdout.strip():
             return dict(read_jobs(done.stdout))
         if "Invalid job id" in done.stderr:
             return None
+        if turn == SAYS_SO_AFTER:
+            said = done.stderr.strip().rpartition("\n")[2]
+            print(f"Slurm does not answer, and is asked again: {said}", file=sys.stderr, flush=True)
         pause(LOOK_EVERY_S)
     return None
 

@@ -170,6 +170,23 @@ def test_following_an_array_remembers_a_task_that_slurm_has_forgotten(
     assert follow(array, "6", look_every_s=0.0) == 0
 
 
+def test_a_slurm_that_does_not_answer_for_a_while_is_asked_again_and_that_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    down = "echo slurm_load_jobs error: Unable to contact slurm controller >&2; exit 1"
+    up = "echo JobId=6 JobState=RUNNING"
+    count = tmp_path / "count"
+    (tmp_path / "scontrol").write_text(
+        f"#!/bin/sh\necho x >>'{count}'\n[ $(wc -l <'{count}') -gt 5 ] || {{ {down}; }}\n{up}\n"
+    )
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    tasks = slurm_follow._look("6", pause=lambda seconds: None)
+    assert tasks == {"6": {"JobId": "6", "JobState": "RUNNING"}}
+    said = "slurm_load_jobs error: Unable to contact slurm controller"
+    assert capsys.readouterr().err == f"Slurm does not answer, and is asked again: {said}\n"
+
+
 def test_what_the_file_says_holds_against_the_variables_of_sbatch() -> None:
     text = sbatch_script(job("--time=20", "--mem=4G", "--partition", "gpu"), ["x"])
     site = {"SBATCH_ACCOUNT": "rl", "SBATCH_QOS": "long", "PATH": "/bin"}
