@@ -204,6 +204,15 @@ def check_layer_flags(megatron: MegatronSettings, arch: Architecture, transforme
         found.of(require, transformer_impl == "transformer_engine", "--recompute-modules", module, where)
     is_grouped = bool(explicit.get("moe_grouped_gemm")) or "moe_act" not in modules
     found.of(require, is_grouped, "--recompute-modules", "moe_act", "another without --moe-grouped-gemm")
+    chunks = megatron.pipeline_model_parallel_size * (found.of(megatron.virtual_stages, arch.num_layers) or 1)
+    together = explicit.get("recompute_num_layers") or 1
+    found.of(
+        require,
+        explicit.get("recompute_method") != "uniform" or (arch.num_layers // chunks) % together == 0,
+        "--recompute-num-layers",
+        together,
+        f"a divisor of a pipeline stage's {arch.num_layers // chunks} layers with --recompute-method uniform",
+    )
     cp, groups = megatron.context_parallel_size, arch.num_query_groups // megatron.tensor_model_parallel_size
     found.of(
         require,

@@ -277,6 +277,13 @@ def test_flags_of_layers_are_compared_with_the_model_and_their_implementation(ch
     ):
         check(experts, "local", *acts[:-1])  # core's code for it would end in a NameError
     check(experts, "local", *acts[:3], "core_attn", "mlp", "moe")
+    full = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers"]
+    check(dense, "local", *full, str(dense.num_layers))
+    stages = ["--pipeline-model-parallel-size", "2"]
+    with pytest.raises(
+        ValueError, match=f"num-layers is {dense.num_layers}, but must be a divisor of a pipeline stage's"
+    ):
+        check(dense, "local", *full, str(dense.num_layers), *stages)  # core's code would run past the last layer
     with pytest.raises(ValueError, match=r"^--moe-router-dtype is 'fp32', .*; --fp8-format is 'hybrid', [^;]*$"):
         check(dense, "local", "--moe-router-dtype", "fp32", "--fp8-format", "hybrid")
     with pytest.raises(ValueError, match=r"--cp-comm-type is 'a2a', .* 2 query groups .* --context-parallel-size 4"):
