@@ -59,11 +59,13 @@ ARG TORCH_CUDA_ARCH_LIST="9.0;10.0"
 ARG MAX_JOBS=8
 
 # PIP_CONSTRAINT: the base image pins its own torch through it. CUDA_HOME: else Transformer Engine's setup.py prefers the
-# nvcc, of another release, that a package of SGLang's brings. CUDNN_PATH: the cuDNN that Transformer Engine loads,
-# torch's. By NVIDIA_PRODUCT_NAME its setup.py knows NGC's image and takes a wheel made for NGC's torch;
+# nvcc, of another release, that a package of SGLang's brings. CUDNN_PATH, LD_LIBRARY_PATH: torch's cuDNN, with all its
+# parts, is the one that Transformer Engine loads; the loader would else take the parts of the base image's, of another
+# release. By NVIDIA_PRODUCT_NAME its setup.py knows NGC's image and takes a wheel made for NGC's torch;
 # NVTE_PYTORCH_FORCE_BUILD: it takes no wheel at all. NGC's image lets torch multiply fp32 in TF32.
 ENV PIP_CONSTRAINT="" PIP_NO_CACHE_DIR=1 VIRTUAL_ENV=/opt/fipo PATH=/opt/fipo/bin:$PATH \
     CUDA_HOME=/usr/local/cuda CUDNN_PATH=/opt/fipo/lib/python3.12/site-packages/nvidia/cudnn \
+    LD_LIBRARY_PATH=/opt/fipo/lib/python3.12/site-packages/nvidia/cudnn/lib:$LD_LIBRARY_PATH \
     TORCH_CUDA_ARCH_LIST=$TORCH_CUDA_ARCH_LIST NVTE_FRAMEWORK=pytorch MAX_JOBS=$MAX_JOBS \
     NVTE_PYTORCH_FORCE_BUILD=TRUE NVIDIA_PRODUCT_NAME="" TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=0
 

@@ -139,8 +139,12 @@ def test_all_that_the_gpu_image_installs_is_constrained(repo_root: Path, stages)
 
 
 def test_transformer_engine_is_compiled_against_what_torch_loads(stages) -> None:
-    """Its setup.py looks for CUDA alone; headers of cuDNN and NCCL come from where the compiler looks."""
-    assert "CUDA_HOME=/usr/local/cuda" in " ".join(values(stages["gpu"], "ENV")).split()
+    """Its setup.py looks for CUDA alone; headers of cuDNN and NCCL come from where the compiler looks. What it needs of
+    cuDNN's libraries beside the one that torch has loaded comes from where the loader looks."""
+    words = " ".join(values(stages["gpu"], "ENV")).split()
+    assert "CUDA_HOME=/usr/local/cuda" in words
+    cudnn = "/opt/fipo/lib/python3.12/site-packages/nvidia/cudnn"
+    assert {f"CUDNN_PATH={cudnn}", f"LD_LIBRARY_PATH={cudnn}/lib:$LD_LIBRARY_PATH"} <= set(words)
     [command] = [each for each in values(stages["gpu"], "RUN") if "requirements/gpu.txt" in each]
     assert 'CPATH="$packages/cudnn/include:$packages/nccl/include" pip install' in command
 
