@@ -43,8 +43,8 @@ class Offloader:
         *,
         keep_gradients: bool = False,
     ) -> None:
-        """ValueError where parameters have memory that cannot be given up and taken again."""
-        _require_movable(chunks)
+        """ValueError where parameters or optimizer have memory that cannot be given up and taken again."""
+        _require_movable(chunks, optimizer)
         self._chunks = chunks
         self._optimizer = optimizer
         self._device = device
@@ -181,7 +181,13 @@ class _MainMemory:
         assert end <= piece_start, (start, end, piece_start)
 
 
-def _require_movable(chunks: Sequence[DistributedDataParallel]) -> None:
+def _require_movable(chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
+    for name in ("exp_avg_dtype", "exp_avg_sq_dtype"):
+        if getattr(optimizer.config, name) == torch.uint8:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is fp8, which Transformer Engine's Adam keeps in tensors of its own that "
+                "cannot leave the GPU while engines generate: use fp16 or bf16, or --no-offload-trainer"
+            )
     for chunk in chunks:
         if getattr(chunk.ddp_config, "nccl_ub", False):
             raise ValueError(

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from offload_on_ranks import run_cases
 from processes import run_ranks
 from tiny_models import save_model
+
+from megatron_fipo.actor.offload import Offloader
 
 
 def case(model: str = "dense", *, keep: bool = False, layout: dict[str, Any] | None = None, **options: Any) -> Any:
@@ -93,3 +97,12 @@ def test_an_actor_that_is_away_says_so_instead_of_crashing(found: dict[str, list
     for rank in found[name]:
         assert len(rank["refusals"]) >= 5
         assert all("the actor's tensors are in main memory while engines generate" in said for said in rank["refusals"])
+
+
+@pytest.mark.parametrize("name", ["exp_avg_dtype", "exp_avg_sq_dtype"])
+def test_moments_in_fp8_are_refused_before_anything_leaves(name: str) -> None:
+    """Transformer Engine keeps them in tensors whose own memory is none."""
+    dtypes = {"exp_avg_dtype": torch.float32, "exp_avg_sq_dtype": torch.float32, name: torch.uint8}
+    optimizer: Any = SimpleNamespace(config=SimpleNamespace(**dtypes))
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} is fp8, .* or --no-offload-trainer"):
+        Offloader([], optimizer, torch.device("cpu"))
