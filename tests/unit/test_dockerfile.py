@@ -149,6 +149,15 @@ def test_transformer_engine_is_compiled_against_what_torch_loads(stages) -> None
     assert 'CPATH="$packages/cudnn/include:$packages/nccl/include" pip install' in command
 
 
+def test_what_is_imported_while_the_image_is_built_needs_no_driver(stages) -> None:
+    [command] = [each for each in values(stages["gpu"], "RUN") if "python -c" in each]
+    imported = re.search(r"python -c 'import ([\w., ]+)'", command)[1].split(", ")
+    assert {"amp_C", "fused_weight_gradient_mlp_cuda"} <= set(imported)
+    assert not [
+        name for name in imported if re.match(r"megatron\b|sglang|transformer_engine|megatron_fipo\.actor", name)
+    ]
+
+
 def test_the_packages_go_together_by_their_metadata(repo_root: Path, stages) -> None:
     gpu = arguments(stages["gpu"])
     chosen = {"torch": gpu["TORCH"], "python": GPU_PYTHON}
