@@ -13,7 +13,7 @@ from actor_on_ranks import make_actor, make_groups
 from checkpoint_on_ranks import train_steps
 from fake_pool import FakeActor, FakeOffloader, FakePool, sums
 
-from megatron_fipo.actor import checkpoint
+from megatron_fipo.actor import checkpoint, optimizer_shards
 from megatron_fipo.actor.checkpoint import save_checkpoint
 from megatron_fipo.actor.checkpoint_writing import _SnapshotWriter
 from megatron_fipo.hybrid import node_engines, turns
@@ -111,7 +111,7 @@ def saves_that_fail(model_dir: str, root: str) -> dict[str, Any]:
     found = {}
     for name, (holder, attribute) in {
         "for moments": (checkpoint, "_begin_optimizer_state"),
-        "for gathered state": (checkpoint, "_spread"),
+        "for its share of the optimizer's state": (optimizer_shards, "_own_states"),
         "for a copy": (_SnapshotWriter, "_copied"),
     }.items():
         before = getattr(holder, attribute)

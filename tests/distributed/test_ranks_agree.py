@@ -59,7 +59,7 @@ def test_a_rank_without_memory_for_its_snapshot_ends_the_save_on_all(tmp_path: P
     arguments = {"model_dir": str(tmp_path / "model"), "root": str(tmp_path / "checkpoints")}
     first, second = run_ranks(tmp_path, 2, saves_that_fail, arguments)
     reason = "MemoryError: no memory for it"
-    for name in ("for moments", "for gathered state", "for a copy"):
+    for name in ("for moments", "for its share of the optimizer's state", "for a copy"):
         assert second[name]["error"] == reason
         assert first[name]["error"] == f"CheckpointError: {reason}"
         assert max(first[name]["s"], second[name]["s"]) < AT_ONCE_S
