@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from megatron_fipo.config import require, setting
@@ -110,3 +110,7 @@ class DataSettings:
             ("--on-reward-error", self.on_reward_error, ("fail", "drop")),
         ):
             require(value in choices, flag, value, f"one of {choices}")
+
+
+HELP = {field.name: field.metadata["help"] for field in fields(DataSettings) if "help" in field.metadata}
+"""What the settings are about, by name: for the programs that take some of them."""

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-USER_ERROR = 2
-RUN_FAILED = 1
+from megatron_fipo.train import RUN_FAILED, USER_ERROR
+
 SECONDS_BETWEEN_LINES = 10.0
 ENDING = (signal.SIGTERM, signal.SIGHUP)
 

@@ -22,7 +22,7 @@ from megatron_fipo.plan_arguments import (
     search_layouts,
 )
 from megatron_fipo.planning.show import PLAIN_WIDTH, plan_values, show_layouts, show_plan
-from megatron_fipo.tool_program import USER_ERROR
+from megatron_fipo.train import USER_ERROR
 
 DOES_NOT_FIT = 1
 

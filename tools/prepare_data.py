@@ -19,7 +19,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +32,10 @@ from megatron_fipo.data.prompts import PromptEncoder, PromptFormat
 from megatron_fipo.data.source import question_key
 from megatron_fipo.data.tokenizer import load_tokenizer
 from megatron_fipo.data.write import write_objects, write_rows
-from megatron_fipo.data_config import DataSettings
+from megatron_fipo.data_config import HELP, DataSettings
 from megatron_fipo.types import Problem
 
 DEFAULTS = DataSettings(prompt_data="-")
-HELP = {field.name: field.metadata["help"] for field in fields(DataSettings) if "help" in field.metadata}
 QUANTILES = (0, 0.25, 0.5, 0.75, 0.95, 1)
 NUM_SHOWN = 20  # rows named by check
 NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")

@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from megatron_fipo.config import RolloutSettings, require
-from megatron_fipo.data_config import DataSettings
+from megatron_fipo.data_config import HELP, DataSettings
 from megatron_fipo.quantization.formats import AWQ_GROUP_SIZES, FORMATS, Format
 
 DEFAULTS = DataSettings(prompt_data="-")
-HELP = {field.name: field.metadata["help"] for field in fields(DataSettings) if "help" in field.metadata}
 DEFAULT_SEQ_LENGTH = 2048
 DATA_FIELDS = (
     *("task", "eval_prompt_data", "input_key", "label_key", "apply_chat_template", "prompt_template", "system_prompt"),
